@@ -1,0 +1,375 @@
+"""Block-sparse layouts: which blocks of a weight are stored, and where.
+
+A weight is cut into blocks of ``bo x bi``. The block grid has four axes ``[G, Ob, T, Ib]``: groups, block
+rows of one group, filter taps (``R * S``; 1 for a linear weight), block columns of one group. No block
+crosses a tap or a group, and edge blocks are padded with zeros.
+
+Everything a kernel needs lies in one packed int32 buffer (see :class:`IndexView`), so that an operator takes
+one tensor, a topology update rewrites contents only, and ``module.to(...)`` moves it like any buffer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_BLOCK = 128
+
+
+def as_block(block: int | Sequence[int]) -> tuple[int, int]:
+    """Return ``(bo, bi)`` from an int or a pair; raises ``ValueError`` outside 1..128."""
+    pair = (block, block) if isinstance(block, int) else tuple(int(b) for b in block)
+    if len(pair) != 2 or not all(1 <= b <= MAX_BLOCK for b in pair):
+        raise ValueError(f"block: expected an int or (bo, bi) within 1..{MAX_BLOCK}, got {block!r}")
+    return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The block grid of one weight; static for the life of a layer.
+
+    Attributes:
+        weight_shape: ``(O, I)`` of a linear weight or ``(O, C/g, R, S)`` of a convolution weight.
+        block: ``(bo, bi)``, output by input features of one block.
+        groups: convolution groups, 1 for a linear weight.
+    """
+
+    weight_shape: tuple[int, ...]
+    block: tuple[int, int]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_shape", tuple(int(n) for n in self.weight_shape))
+        object.__setattr__(self, "block", as_block(self.block))
+        if len(self.weight_shape) not in (2, 4) or min(self.weight_shape) < 1:
+            raise ValueError(
+                f"weight shape: expected [O, I] or [O, C/g, R, S] with sizes of 1 and more, got {list(self.weight_shape)}"
+            )
+        if self.groups < 1 or self.weight_shape[0] % self.groups:
+            raise ValueError(f"groups: expected a divisor of {self.weight_shape[0]} output channels, got {self.groups}")
+        if len(self.weight_shape) == 2 and self.groups != 1:
+            raise ValueError(f"groups: a linear weight has 1 group, got {self.groups}")
+
+    @property
+    def out_per_group(self) -> int:
+        return self.weight_shape[0] // self.groups
+
+    @property
+    def in_per_group(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """``(R, S)``; ``(1, 1)`` for a linear weight."""
+        return (self.weight_shape[2], self.weight_shape[3]) if len(self.weight_shape) == 4 else (1, 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(G, Ob, T, Ib)``."""
+        bo, bi = self.block
+        r, s = self.kernel_size
+        return self.groups, -(-self.out_per_group // bo), r * s, -(-self.in_per_group // bi)
+
+    @property
+    def rows(self) -> int:
+        """Block rows over all groups."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def t_rows(self) -> int:
+        """Rows of the transposed layout: block columns over all groups."""
+        return self.shape[0] * self.shape[3]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the full grid, stored or not."""
+        g, ob, t, ib = self.shape
+        return g * ob * t * ib
+
+    def index_size(self, capacity: int) -> int:
+        """Elements of the packed buffer for ``capacity`` block slots."""
+        return 2 * self.rows + 2 * self.t_rows + 2 + 4 * capacity
+
+    def to_blocks(self, weight: Tensor) -> Tensor:
+        """Cut ``weight`` [O, C/g(, R, S)] into its zero-padded blocks [blocks, bo, bi]."""
+        self.check_weight(weight)
+        g, ob, t, ib = self.shape
+        bo, bi = self.block
+        w = weight.reshape(g, self.out_per_group, self.in_per_group, t)
+        w = F.pad(w, (0, 0, 0, ib * bi - self.in_per_group, 0, ob * bo - self.out_per_group))
+        return w.reshape(g, ob, bo, ib, bi, t).permute(0, 1, 5, 3, 2, 4).reshape(-1, bo, bi)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """Inverse of :meth:`to_blocks`: [blocks, bo, bi] to the weight's shape."""
+        g, ob, t, ib = self.shape
+        bo, bi = self.block
+        w = blocks.reshape(g, ob, t, ib, bo, bi).permute(0, 1, 4, 3, 5, 2).reshape(g, ob * bo, ib * bi, t)
+        return w[:, : self.out_per_group, : self.in_per_group].reshape(self.weight_shape)
+
+    def check_weight(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != self.weight_shape:
+            raise ValueError(f"weight or mask: expected shape {list(self.weight_shape)}, got {list(weight.shape)}")
+
+
+@dataclass(frozen=True)
+class IndexView:
+    """Named views over the packed int32 buffer, in buffer order.
+
+    Attributes:
+        row_ptr: [rows + 1] first slot of each block row; ``row_ptr[-1]`` is nnz.
+        col: [capacity] ``tap * Ib + column`` of each slot, ascending within a row.
+        row: [capacity] block row of each slot, over all groups.
+        t_ptr: [t_rows + 1] the same for the transpose, whose rows are block columns over all groups.
+        t_row: [capacity] ``tap * Ob + row within the group``, ascending within a transposed row.
+        t_perm: [capacity] slot in ``values`` of each transposed entry.
+        row_order: [rows] block rows by descending length, ties by index.
+        t_order: [t_rows] the same for the transpose.
+
+    Entries of spare slots (``nnz <= k < capacity``) are 0.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    row: Tensor
+    t_ptr: Tensor
+    t_row: Tensor
+    t_perm: Tensor
+    row_order: Tensor
+    t_order: Tensor
+
+
+def index_view(grid: BlockGrid, index: Tensor) -> IndexView:
+    """Views over ``index`` (int32, 1-D); the capacity follows from its length."""
+    capacity = capacity_of(grid, index)
+    sizes = [grid.rows + 1, capacity, capacity, grid.t_rows + 1, capacity, capacity, grid.rows, grid.t_rows]
+    return IndexView(*torch.split(index, sizes))
+
+
+def capacity_of(grid: BlockGrid, index: Tensor) -> int:
+    """Block slots that the packed buffer ``index`` of this grid has."""
+    capacity, rest = divmod(index.shape[0] - grid.index_size(0), 4)
+    if index.dim() != 1 or rest or capacity < 0:
+        raise ValueError(f"index: {index.shape[0]} elements are no packed layout of a grid {grid.shape}")
+    return int(capacity)
+
+
+class BlockLayout:
+    """The stored blocks of one weight.
+
+    Args:
+        grid: the block grid.
+        index: packed int32 buffer, 1-D (see :class:`IndexView`). It is held, not copied.
+    """
+
+    def __init__(self, grid: BlockGrid, index: Tensor) -> None:
+        self.grid = grid
+        self.index = index
+        self.capacity = capacity_of(grid, index)
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, block: int | Sequence[int], *, groups: int = 1, capacity: int | None = None
+    ) -> BlockLayout:
+        """Layout of an element mask: a block is stored if any of its elements is kept.
+
+        Args:
+            mask: bool [O, I] or [O, C/g, R, S].
+            block: ``bo x bi``.
+            groups: convolution groups.
+            capacity: block slots, at least the number of stored blocks (default: exactly that).
+
+        Raises:
+            ValueError: the shapes do not fit or the capacity is too small.
+        """
+        grid = BlockGrid(tuple(mask.shape), as_block(block), groups)
+        return cls.from_block_mask(grid, grid.to_blocks(mask != 0).flatten(1).any(1), capacity=capacity)
+
+    @classmethod
+    def from_block_mask(cls, grid: BlockGrid, block_mask: Tensor, *, capacity: int | None = None) -> BlockLayout:
+        """Layout of a block mask, bool [G, Ob, T, Ib] or any shape of as many elements. One host sync."""
+        nnz = int(block_mask.count_nonzero())
+        if capacity is None:
+            capacity = nnz
+        if capacity < nnz:
+            raise ValueError(f"capacity: expected at least the {nnz} blocks of the mask, got {capacity}")
+        index = torch.zeros(grid.index_size(capacity), dtype=torch.int32, device=block_mask.device)
+        layout = cls(grid, index)
+        layout._write(layout._check_block_mask(block_mask))
+        return layout
+
+    @classmethod
+    def from_rows(cls, grid: BlockGrid, row_ptr: Tensor, col: Tensor) -> BlockLayout:
+        """Layout from its forward half, as a checkpoint stores it: ``row_ptr`` [rows + 1], ``col`` [capacity].
+
+        Raises:
+            ValueError: the two do not describe a layout of this grid.
+        """
+        if tuple(row_ptr.shape) != (grid.rows + 1,) or col.dim() != 1:
+            raise ValueError(
+                f"row_ptr, col: expected [{grid.rows + 1}] and [capacity], got {list(row_ptr.shape)} and {list(col.shape)}"
+            )
+        _, ob, t, ib = grid.shape
+        ptr = row_ptr.to(torch.int64)
+        nnz, width = int(ptr[-1]), t * ib
+        lengths = ptr.diff()
+        if int(ptr[0]) != 0 or bool((lengths < 0).any()) or nnz > col.shape[0]:
+            raise ValueError(f"row_ptr: expected 0 rising to at most {col.shape[0]}, got {ptr[:4].tolist()}...{nnz}")
+        used = col[:nnz].to(torch.int64)
+        if nnz and (int(used.min()) < 0 or int(used.max()) >= width):
+            raise ValueError(f"col: expected values within 0..{width - 1}, got {int(used.min())}..{int(used.max())}")
+        rows = torch.repeat_interleave(torch.arange(grid.rows, device=col.device), lengths)
+        flat = rows * width + used
+        if nnz and not bool((flat.diff() > 0).all()):
+            raise ValueError("col: expected ascending columns without repeats within each block row")
+        block_mask = torch.zeros(grid.blocks, dtype=torch.bool, device=col.device)
+        block_mask[flat] = True
+        return cls.from_block_mask(grid, block_mask, capacity=col.shape[0])
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> IndexView:
+        return index_view(self.grid, self.index)
+
+    @property
+    def nnz(self) -> int:
+        """Stored blocks (host sync on a GPU)."""
+        return int(self.index[self.grid.rows])
+
+    @property
+    def density(self) -> float:
+        """Stored blocks over all blocks (host sync on a GPU)."""
+        return self.nnz / self.grid.blocks
+
+    def slots(self) -> Tensor:
+        """int64 [capacity]: position in the grid of each slot; spare slots hold ``grid.blocks``. No host sync."""
+        v = self.view
+        _, _, t, ib = self.grid.shape
+        flat = v.row.to(torch.int64) * (t * ib) + v.col
+        used = torch.arange(self.capacity, device=flat.device) < v.row_ptr[-1]
+        return torch.where(used, flat, self.grid.blocks)
+
+    def slot_of_block(self) -> Tensor:
+        """int64 [blocks]: slot of each block of the grid; ``capacity`` where it is not stored. No host sync."""
+        out = torch.full((self.grid.blocks + 1,), self.capacity, dtype=torch.int64, device=self.index.device)
+        out.scatter_(0, self.slots(), torch.arange(self.capacity, device=out.device))
+        return out[:-1]
+
+    def block_mask(self) -> Tensor:
+        """bool [G, Ob, T, Ib]."""
+        return (self.slot_of_block() < self.capacity).view(self.grid.shape)
+
+    def mask(self) -> Tensor:
+        """bool, the weight's shape: elements inside stored blocks."""
+        bo, bi = self.grid.block
+        return self.grid.from_blocks(self.block_mask().view(-1, 1, 1).expand(-1, bo, bi))
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """The dense weight of ``values`` [capacity, bo, bi]; differentiable in ``values``."""
+        padded = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+        return self.grid.from_blocks(padded[self.slot_of_block()])
+
+    def from_dense(self, weight: Tensor) -> Tensor:
+        """The stored blocks of a dense weight: [capacity, bo, bi], spare slots zero."""
+        blocks = self.grid.to_blocks(weight)
+        return torch.cat([blocks, blocks.new_zeros(1, *blocks.shape[1:])])[self.slots()]
+
+    def digest(self) -> str:
+        """Hash of grid and stored blocks, equal on ranks that agree."""
+        head = repr((self.grid.weight_shape, self.grid.block, self.grid.groups, self.capacity)).encode()
+        forward = self.index[: self.grid.rows + 1 + self.capacity].cpu().numpy().tobytes()
+        return hashlib.sha256(head + forward).hexdigest()
+
+    def __repr__(self) -> str:
+        bo, bi = self.grid.block
+        return (
+            f"BlockLayout(weight={list(self.grid.weight_shape)}, block={bo}x{bi}, groups={self.grid.groups}, "
+            f"nnz={self.nnz}/{self.grid.blocks}, capacity={self.capacity})"
+        )
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def update_(self, block_mask: Tensor, *, check: bool = True) -> Tensor:
+        """Rewrite the layout in place from another block mask; buffer size and identity stay.
+
+        Args:
+            block_mask: bool [G, Ob, T, Ib], at most ``capacity`` blocks kept.
+            check: compare the count against the capacity (one host sync); pass False where the count is known.
+
+        Returns:
+            The slot map, int64 [capacity]: the old slot of each new slot, or -1 for a grown or spare one.
+
+        Raises:
+            ValueError: wrong shape, or more blocks than slots.
+        """
+        block_mask = self._check_block_mask(block_mask)
+        if check and int(block_mask.count_nonzero()) > self.capacity:
+            raise ValueError(
+                f"block mask: expected at most {self.capacity} blocks (the capacity), "
+                f"got {int(block_mask.count_nonzero())}; build the layer with a larger capacity"
+            )
+        old = torch.cat([self.slot_of_block(), self.index.new_full((1,), self.capacity, dtype=torch.int64)])
+        self._write(block_mask)
+        moved = old[self.slots()]
+        return torch.where(moved < self.capacity, moved, -1)
+
+    def _check_block_mask(self, block_mask: Tensor) -> Tensor:
+        if block_mask.numel() != self.grid.blocks:
+            raise ValueError(f"block mask: expected shape {self.grid.shape}, got {list(block_mask.shape)}")
+        return block_mask.reshape(self.grid.shape) != 0
+
+    def _write(self, block_mask: Tensor) -> None:
+        """Fill the packed buffer. Sizes depend on the capacity alone, so nothing here waits for a GPU."""
+        g, ob, t, ib = self.grid.shape
+        v = self.view
+        flat = block_mask.reshape(g * ob, t * ib)
+        slot = flat.flatten().cumsum(0) - 1
+
+        def compact(keep: Tensor, place: Tensor, what: Tensor) -> Tensor:
+            out = torch.zeros(self.capacity + 1, dtype=torch.int64, device=keep.device)
+            out.scatter_(0, torch.where(keep, place.clamp(0, self.capacity), self.capacity), what)
+            return out[: self.capacity]
+
+        def fill(keep: Tensor, ptr: Tensor, order: Tensor) -> None:
+            lengths = keep.sum(1)
+            ptr[0] = 0
+            ptr[1:] = lengths.cumsum(0)
+            order.copy_(torch.argsort(lengths, descending=True, stable=True))
+
+        position = torch.arange(flat.numel(), device=flat.device)
+        kept = flat.flatten()
+        fill(flat, v.row_ptr, v.row_order)
+        v.col.copy_(compact(kept, slot, position % (t * ib)))
+        v.row.copy_(compact(kept, slot, position // (t * ib)))
+
+        t_mask = block_mask.permute(0, 3, 2, 1).reshape(g * ib, t * ob)
+        t_kept = t_mask.flatten()
+        t_slot = t_kept.cumsum(0) - 1
+        fill(t_mask, v.t_ptr, v.t_order)
+        v.t_row.copy_(compact(t_kept, t_slot, position % (t * ob)))
+        slot_transposed = slot.view(self.grid.shape).permute(0, 3, 2, 1).flatten()
+        v.t_perm.copy_(compact(t_kept, t_slot, slot_transposed))
+
+    def validate(self) -> None:
+        """Check every array of the packed buffer against the others.
+
+        Raises:
+            ValueError: naming the first array that is wrong.
+        """
+        if self.index.dtype != torch.int32:
+            raise ValueError(f"index: expected int32, got {self.index.dtype}")
+        v = self.view
+        try:
+            fresh = BlockLayout.from_rows(self.grid, v.row_ptr, v.col).view
+        except ValueError as error:
+            raise ValueError(f"corrupt layout: {error}") from None
+        for name in IndexView.__dataclass_fields__:
+            if not torch.equal(getattr(v, name), getattr(fresh, name)):
+                raise ValueError(f"corrupt layout: {name} does not follow from row_ptr and col; rebuild it with from_rows")
