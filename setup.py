@@ -1,0 +1,165 @@
+"""Build of the native core with CMake; everything else about the package is in pyproject.toml.
+
+SPARSEKERN_BUILD=auto|cpu|cuda|none chooses what is built (docs/install.md). PyTorch is not needed here: the core
+includes none of its headers. MAX_JOBS caps the parallel jobs, CMAKE_ARGS is passed on to CMake,
+TORCH_CUDA_ARCH_LIST names the GPU architectures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "cuda", "none")
+MODE = os.environ.get("SPARSEKERN_BUILD", "") or "auto"
+NVCC_GIB, CXX_GIB = 4.0, 1.0  # memory one compiler job may need
+
+
+def say(line: str) -> None:
+    print(f"sparsekern: {line}", flush=True)
+
+
+def find_nvcc() -> str | None:
+    named = [os.environ.get("CUDACXX", "")]
+    roots = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    for candidate in [*named, "nvcc", *(str(Path(root) / "bin" / "nvcc") for root in roots if root)]:
+        if candidate and (found := shutil.which(candidate)):
+            return found
+    return None
+
+
+def cuda_missing() -> str:
+    """Why CUDA kernels cannot be built; empty if they can."""
+    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+        return "this version has no CUDA sources (csrc/cuda/*.cu); use SPARSEKERN_BUILD=auto or cpu"
+    if find_nvcc() is None:
+        return "nvcc was not found in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda; install the CUDA toolkit or set CUDA_HOME"
+    return ""
+
+
+def available_gib() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def job_count(cuda: bool) -> int:
+    if jobs := os.environ.get("MAX_JOBS"):
+        return max(1, int(jobs))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, available_gib() / (NVCC_GIB if cuda else CXX_GIB))))
+
+
+def pip_script(name: str) -> str | None:
+    """A tool of the build environment, which is not on PATH when the environment's Python is called by its path."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def run_cmake(prefix: Path, cuda: bool) -> dict[str, Any]:
+    """Configure, build and install ``_C`` into ``prefix``; returns the facts CMake wrote about the build."""
+    build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+    cmake, ninja = pip_script("cmake"), pip_script("ninja")
+    if cmake is None:
+        raise RuntimeError("cmake was not found; run: pip install cmake ninja pybind11")
+    configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSK_CUDA={'ON' if cuda else 'OFF'}"]
+    if ninja:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    try:
+        import pybind11
+    except ImportError:
+        raise RuntimeError("pybind11 was not found; run: pip install cmake ninja pybind11") from None
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+    jobs = job_count(cuda)
+    say(f"building the native core ({'CPU and CUDA' if cuda else 'CPU'}) with {jobs} jobs")
+    for command in (
+        configure,
+        [cmake, "--build", str(build), "--target", "_C", "--parallel", str(jobs)],
+        [cmake, "--install", str(build), "--prefix", str(prefix), "--strip"],
+    ):
+        say(shlex.join(command))
+        if subprocess.run(command).returncode:
+            raise RuntimeError(f"this step failed, its output is above: {shlex.join(command)}")
+    facts: dict[str, Any] = json.loads((build / "facts.json").read_text())
+    return facts
+
+
+def attempts() -> list[str]:
+    """What to try in turn, the first that succeeds is kept: "cuda", "cpu" or "none"."""
+    missing = cuda_missing()
+    if MODE == "cuda":
+        if missing:
+            raise SystemExit(f"sparsekern: SPARSEKERN_BUILD=cuda: {missing}")
+        return ["cuda"]
+    if MODE == "auto":
+        if missing:
+            say(f"no CUDA kernels: {missing.split(';')[0]}")
+        return ["cpu", "none"] if missing else ["cuda", "cpu", "none"]
+    return [MODE]
+
+
+def build_native(folder: Path) -> None:
+    """Put ``_C`` and ``_build.json``, the record of what was built, into ``folder``."""
+    version: dict[str, str] = {}
+    exec((ROOT / "sparsekern" / "_version.py").read_text(), version)
+    record: dict[str, Any] = {"version": version["__version__"], "mode": MODE, "native": "none", "error": ""}
+    record["python"] = platform.python_version()
+    for target in attempts():
+        if target == "none":
+            break
+        try:
+            record |= run_cmake(folder, cuda=target == "cuda") | {"native": target}
+            break
+        except (RuntimeError, OSError) as error:
+            if MODE != "auto":
+                raise SystemExit(f"sparsekern: SPARSEKERN_BUILD={MODE}: {error}") from None
+            record["error"] = str(error)
+            say(f"WARNING: no {target} kernels, going on without them (SPARSEKERN_BUILD={target} makes this an error): {error}")
+    (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
+    what = {"none": "pure Python, no native core", "cpu": "CPU kernels", "cuda": "CPU and CUDA kernels"}[record["native"]]
+    details = [f"{key} {record[key]}" for key in ("compiler", "openmp", "cuda_archs") if record.get(key)]
+    if isas := record.get("isas"):
+        details.append("instruction sets " + ", ".join(isas))
+    say(f"built: {what}" + (f" ({'; '.join(details)})" if details else ""))
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        target = Path(self.build_lib) / "sparsekern"
+        if not self.editable_mode:
+            # setuptools never removes a module that the source no longer has.
+            shutil.rmtree(target, ignore_errors=True)
+        super().run()
+        if MODE == "none":
+            build_native(ROOT / "sparsekern" if self.editable_mode else target)
+
+
+class BuildExt(build_ext):
+    def run(self) -> None:
+        target = Path(self.get_ext_fullpath("sparsekern._C")).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        build_native(target.parent)
+        if not target.exists():
+            self.extensions.clear()  # the fall-back to pure Python: nothing to install
+
+
+if MODE not in MODES:
+    raise SystemExit(f"sparsekern: SPARSEKERN_BUILD: expected {', '.join(MODES)}, got {MODE}")
+setup(
+    ext_modules=[] if MODE == "none" else [Extension("sparsekern._C", sources=[])],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+)
