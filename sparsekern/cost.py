@@ -1,0 +1,195 @@
+"""What a sparse layer will cost against its dense twin: tuned entries first, then a model fitted to measurements.
+
+Model of one training step of a layer (forward, dgrad, wgrad):
+``dense = F / R + o_d`` and ``sparse = F * stored / (R * e) + bytes / B + o_s`` with F the dense FLOPs, R and B the rates of
+this processor, ``e`` the efficiency of the block shape and ``o`` the overhead of the calls. ``e``, R, B and o come from
+``backends/tables/*.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern.backends import native
+from sparsekern.layout import BlockGrid
+
+AUTO_BLOCKS = (4, 8, 16, 32)
+NEAR_BEST = 0.9  # "near full efficiency" for block="auto"
+PASSES = 3  # forward, dgrad, wgrad
+ASSUMED_ROWS = 2048  # without an example input: a large batch
+ASSUMED_IMAGE = (32, 16, 16)  # N, H, W
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer at one input shape.
+
+    Attributes:
+        x_shape: [..., I] or [N, C, H, W] as the layer sees it.
+        positions: rows of the implicit product: M, or N * P * Q.
+        geometry: what else distinguishes the call (stride, padding, ...), as text.
+    """
+
+    kind: str
+    weight_shape: tuple[int, ...]
+    groups: int
+    x_shape: tuple[int, ...]
+    positions: int
+    geometry: str = ""
+    channels_last: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def key(self, block: tuple[int, int]) -> str:
+        """Identity of a tuned entry."""
+        parts = (
+            self.kind,
+            "x".join(map(str, self.weight_shape)),
+            f"g{self.groups}",
+            "x".join(map(str, self.x_shape)),
+            self.geometry,
+            "nhwc" if self.channels_last else "",
+            self.dtype,
+            f"b{block[0]}x{block[1]}",
+            f"t{torch.get_num_threads()}",
+        )
+        return " ".join(part for part in parts if part)
+
+    @property
+    def dense_flops(self) -> float:
+        """Of all three passes."""
+        return 2.0 * PASSES * self.positions * math.prod(self.weight_shape)
+
+    @property
+    def activation_bytes(self) -> float:
+        """x and y once per pass."""
+        outputs = self.positions * self.weight_shape[0]
+        return 4.0 * PASSES * (math.prod(self.x_shape) + outputs)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(isa: str) -> dict[str, Any]:
+    text = importlib.resources.files("sparsekern").joinpath("backends/tables/cpu.json").read_text()
+    return json.loads(text)[isa]
+
+
+def _isa() -> str:
+    return str(native.load().build_info()["isa"])
+
+
+def efficiency(kind: str, block: tuple[int, int], isa: str) -> float:
+    """Asymptotic fraction of the ideal speed of a block shape; the harmonic mean over its two sides."""
+    known = {int(size): e for size, e in _table(isa)[kind].items()}
+
+    def of(size: int) -> float:
+        below = max(s for s in known if s <= size)
+        above = min((s for s in known if s >= size), default=below)
+        if above == below:
+            return known[below]
+        share = math.log(size / below) / math.log(above / below)
+        return known[below] + share * (known[above] - known[below])
+
+    return 2.0 / (1.0 / of(block[0]) + 1.0 / of(block[1]))
+
+
+def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
+    """Speedup of forward and backward over dense, and where the figure comes from.
+
+    Tuned entries answer within 25 % of their density; the model answers everything else. A device without kernels for
+    this dtype computes on the materialised weight, which is never faster than dense.
+    """
+    stored = nnz * block[0] * block[1] / math.prod(case.weight_shape)
+    tuned = _tuned(case, block, stored)
+    if tuned is not None:
+        return tuned, "tuned"
+    if case.device != "cpu" or case.dtype == "float64" or not native.available():
+        return min(0.95, 1.0), "no kernel: dense compute on the masked weight"
+    table = _table(_isa())
+    threads = max(torch.get_num_threads(), 1)
+    rate, bandwidth = table["dense_gflops"] * 1e9 * threads, table["bandwidth_gbs"] * 1e9 * threads
+    dense = case.dense_flops / rate + table["dense_overhead_us"] * 1e-6
+    work = case.dense_flops * stored / (rate * efficiency(case.kind, block, _isa()))
+    sparse = work + case.activation_bytes / bandwidth + table["sparse_overhead_us"] * 1e-6
+    return dense / sparse, "model"
+
+
+def choose_block(case: Case, density: float) -> tuple[int, int]:
+    """``block="auto"``: the smallest of 4, 8, 16, 32 whose predicted speed is within 10 % of the best one's."""
+    speed = {}
+    for size in AUTO_BLOCKS:
+        grid = BlockGrid(case.weight_shape, (size, size), case.groups)
+        nnz = max(round(density * math.prod(case.weight_shape) / size**2), 1)
+        speed[size] = predict(case, grid.block, min(nnz, grid.blocks))[0]
+    best = max(speed.values())
+    size = min(size for size, s in speed.items() if s >= NEAR_BEST * best)
+    return size, size
+
+
+# -- tuned entries: measured on this machine, kept in the user's cache ------------------------------------------------
+
+
+def cache_file() -> Path:
+    """Where tuned entries of this machine live (``SPARSEKERN_CACHE`` or the XDG cache folder)."""
+    root = os.environ.get("SPARSEKERN_CACHE")
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
+    return folder / f"tuned-{_processor()}-{_isa() if native.available() else 'none'}.json"
+
+
+@functools.lru_cache(maxsize=1)
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            name = next(line.split(":", 1)[1] for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return "".join(c if c.isalnum() else "-" for c in name.strip()).strip("-").lower()
+
+
+_entries: dict[str, dict[str, float]] | None = None
+
+
+def tuned_entries() -> dict[str, dict[str, float]]:
+    """{case key: {density: speedup}} of this machine; an unreadable file counts as empty."""
+    global _entries
+    if _entries is None:
+        try:
+            _entries = json.loads(cache_file().read_text())
+        except (OSError, ValueError):
+            _entries = {}
+    return _entries
+
+
+def remember(case: Case, block: tuple[int, int], density: float, speedup: float) -> None:
+    """Add a tuned entry; :func:`save_tuned` writes the file."""
+    tuned_entries().setdefault(case.key(block), {})[f"{density:.4f}"] = round(speedup, 4)
+
+
+def save_tuned() -> Path:
+    """Write the tuned entries, atomically."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(tuned_entries(), indent=1, sort_keys=True))
+    scratch.replace(path)
+    return path
+
+
+def _tuned(case: Case, block: tuple[int, int], density: float) -> float | None:
+    entries = tuned_entries().get(case.key(block))
+    if not entries or density <= 0:
+        return None
+    known: Iterator[tuple[float, float]] = ((float(d), s) for d, s in entries.items())
+    nearest, speedup = min(known, key=lambda entry: abs(math.log(max(entry[0], 1e-9) / density)))
+    return speedup if abs(math.log(max(nearest, 1e-9) / density)) < math.log(1.25) else None

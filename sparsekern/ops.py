@@ -1,0 +1,528 @@
+"""Operators: schema, fake kernel, autograd, autocast, FLOP formula. No kernels in this file.
+
+Eager calls go through a plain ``autograd.Function`` straight to the backend (27 us forward and backward; a registered
+operator with autograd costs 50 us). Under ``torch.compile``, export, functorch and dispatch modes such as
+``FlopCounterMode`` the registered operators ``torch.ops.sparsekern.*`` run, which compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sparsekern.backends import ConvGeometry, is_channels_last, select
+from sparsekern.layout import BlockGrid, BlockLayout
+
+_LIBRARY = torch.library.Library("sparsekern", "DEF")
+_CONV = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+_LIBRARY.define(
+    "linear(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_features, Tensor? element_mask=None) -> Tensor"
+)
+_LIBRARY.define("linear_dgrad(Tensor dy, Tensor values, Tensor index, SymInt in_features) -> Tensor")
+_LIBRARY.define(
+    "linear_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, SymInt bo, SymInt bi, bool with_bias, "
+    "Tensor? element_mask=None) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_channels, {_CONV}, "
+    "Tensor? element_mask=None) -> Tensor"
+)
+_LIBRARY.define(
+    f"conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[4] input_shape, bool channels_last, {_CONV}) -> Tensor"
+)
+_LIBRARY.define(
+    f"conv2d_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, SymInt bo, SymInt bi, {_CONV}, bool with_bias, "
+    "Tensor? element_mask=None) -> (Tensor, Tensor)"
+)
+
+Pair = Sequence[int]
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(weight_shape: tuple[int, ...], block: tuple[int, int], groups: int) -> BlockGrid:
+    return BlockGrid(weight_shape, block, groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]) -> ConvGeometry:
+    return ConvGeometry((stride[0], stride[1]), (padding[0], padding[1], padding[2], padding[3]), (dilation[0], dilation[1]))
+
+
+def _block(values: Tensor) -> tuple[int, int]:
+    return values.shape[1], values.shape[2]
+
+
+# -- what runs: leading dimensions flattened, backend chosen -----------------------------------------------------------
+
+
+def _linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, out_features: int, element_mask: Tensor | None = None
+) -> Tensor:
+    grid = _grid((out_features, x.shape[-1]), _block(values), 1)
+    kernel = select("linear", x, grid.block)
+    y = kernel.linear_forward(x.reshape(-1, x.shape[-1]), values, index, bias, grid)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
+    grid = _grid((dy.shape[-1], in_features), _block(values), 1)
+    kernel = select("linear", dy, grid.block)
+    dx = kernel.linear_dgrad(dy.reshape(-1, dy.shape[-1]), values, index, grid)
+    return dx.view(*dy.shape[:-1], in_features)
+
+
+def _linear_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    capacity: int,
+    bo: int,
+    bi: int,
+    with_bias: bool,
+    element_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    grid = _grid((dy.shape[-1], x.shape[-1]), (bo, bi), 1)
+    kernel = select("linear", dy, grid.block)
+    return kernel.linear_wgrad(
+        dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), index, element_mask, with_bias, grid
+    )
+
+
+def _conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    element_mask: Tensor | None = None,
+) -> Tensor:
+    grid = _grid((out_channels, x.shape[1] // groups, *kernel_size), _block(values), groups)
+    kernel = select("conv2d", x, grid.block)
+    return kernel.conv2d_forward(
+        x, values, index, bias, grid, _geometry(tuple(stride), tuple(padding), tuple(dilation))
+    )
+
+
+def _conv2d_dgrad(
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    grid = _grid((dy.shape[1], input_shape[1] // groups, *kernel_size), _block(values), groups)
+    kernel = select("conv2d", dy, grid.block)
+    geometry = _geometry(tuple(stride), tuple(padding), tuple(dilation))
+    return kernel.conv2d_dgrad(dy, values, index, tuple(input_shape), channels_last, grid, geometry)
+
+
+def _conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    capacity: int,
+    bo: int,
+    bi: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    with_bias: bool,
+    element_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    grid = _grid((dy.shape[1], x.shape[1] // groups, *kernel_size), (bo, bi), groups)
+    kernel = select("conv2d", dy, grid.block)
+    geometry = _geometry(tuple(stride), tuple(padding), tuple(dilation))
+    return kernel.conv2d_wgrad(dy, x, index, element_mask, with_bias, grid, geometry)
+
+
+for _name, _function in {
+    "linear": _linear,
+    "linear_dgrad": _linear_dgrad,
+    "linear_wgrad": _linear_wgrad,
+    "conv2d": _conv2d,
+    "conv2d_dgrad": _conv2d_dgrad,
+    "conv2d_wgrad": _conv2d_wgrad,
+}.items():
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _device)
+
+
+# -- fake kernels ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("sparsekern::linear", lib=_LIBRARY)
+def _(x, values, index, bias, out_features, element_mask=None):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("sparsekern::linear_dgrad", lib=_LIBRARY)
+def _(dy, values, index, in_features):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+@torch.library.register_fake("sparsekern::linear_wgrad", lib=_LIBRARY)
+def _(dy, x, index, capacity, bo, bi, with_bias, element_mask=None):  # type: ignore[no-untyped-def]
+    return dy.new_empty(capacity, bo, bi), dy.new_empty(dy.shape[-1] if with_bias else 0)
+
+
+def _fake_image(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=fmt)
+
+
+@torch.library.register_fake("sparsekern::conv2d", lib=_LIBRARY)
+def _(x, values, index, bias, out_channels, kernel_size, stride, padding, dilation, groups, element_mask=None):  # type: ignore[no-untyped-def]
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
+    p, q = geometry.output_size(x.shape[2], x.shape[3], kernel_size)
+    return _fake_image(x, (x.shape[0], out_channels, p, q), is_channels_last(x))
+
+
+@torch.library.register_fake("sparsekern::conv2d_dgrad", lib=_LIBRARY)
+def _(dy, values, index, input_shape, channels_last, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return _fake_image(dy, tuple(input_shape), channels_last)
+
+
+@torch.library.register_fake("sparsekern::conv2d_wgrad", lib=_LIBRARY)
+def _(dy, x, index, capacity, bo, bi, kernel_size, stride, padding, dilation, groups, with_bias, element_mask=None):  # type: ignore[no-untyped-def]
+    return dy.new_empty(capacity, bo, bi), dy.new_empty(dy.shape[1] if with_bias else 0)
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "sparsekern: expected a first-order backward, got a request to differentiate through it (double backward is not "
+        "implemented); use sparsekern.densify_ on the model for second-order methods"
+    )
+
+
+for _name in ("linear_dgrad", "linear_wgrad", "conv2d_dgrad", "conv2d_wgrad"):
+    torch.library.register_autograd(f"sparsekern::{_name}", _no_double_backward, lib=_LIBRARY)
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, bias, _, element_mask = inputs
+    ctx.save_for_backward(x, values, index, element_mask)
+    ctx.with_bias = bias is not None
+
+
+def _linear_backward(ctx: Any, dy: Tensor, dgrad: Any, wgrad: Any) -> tuple[Any, ...]:
+    x, values, index, element_mask = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx = dvalues = dbias = None
+    if need[0]:
+        dx = dgrad(dy, values, index, x.shape[-1])
+    if need[1]:
+        with_bias = ctx.with_bias and need[3]
+        dvalues, dbias = wgrad(dy, x, index, *values.shape, with_bias, element_mask)
+        dbias = dbias if with_bias else None
+    elif ctx.with_bias and need[3]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dvalues, None, dbias, None, None
+
+
+def _setup_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, bias, _, kernel_size, stride, padding, dilation, groups, element_mask = inputs
+    ctx.save_for_backward(x, values, index, element_mask)
+    ctx.with_bias = bias is not None
+    ctx.geometry = (kernel_size, stride, padding, dilation, groups)
+
+
+def _conv2d_backward(ctx: Any, dy: Tensor, dgrad: Any, wgrad: Any) -> tuple[Any, ...]:
+    x, values, index, element_mask = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx = dvalues = dbias = None
+    if need[0]:
+        dx = dgrad(dy, values, index, x.shape, is_channels_last(x), *ctx.geometry)
+    if need[1]:
+        with_bias = ctx.with_bias and need[3]
+        dvalues, dbias = wgrad(dy, x, index, *values.shape, *ctx.geometry, with_bias, element_mask)
+        dbias = dbias if with_bias else None
+    elif ctx.with_bias and need[3]:
+        dbias = dy.sum((0, 2, 3))
+    return dx, dvalues, None, dbias, *[None] * 7
+
+
+torch.library.register_autograd(
+    "sparsekern::linear",
+    lambda ctx, dy: _linear_backward(
+        ctx, dy, torch.ops.sparsekern.linear_dgrad, torch.ops.sparsekern.linear_wgrad
+    ),
+    setup_context=_setup_linear,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "sparsekern::conv2d",
+    lambda ctx, dy: _conv2d_backward(
+        ctx, dy, torch.ops.sparsekern.conv2d_dgrad, torch.ops.sparsekern.conv2d_wgrad
+    ),
+    setup_context=_setup_conv2d,
+    lib=_LIBRARY,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        y = _linear(*inputs)
+        _setup_linear(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True: the registered operators refuse a second derivative
+            ops = torch.ops.sparsekern
+            return _linear_backward(ctx, dy, ops.linear_dgrad, ops.linear_wgrad)
+        return _linear_backward(ctx, dy, _linear_dgrad, _linear_wgrad)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        y = _conv2d(*inputs)
+        _setup_conv2d(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            ops = torch.ops.sparsekern
+            return _conv2d_backward(ctx, dy, ops.conv2d_dgrad, ops.conv2d_wgrad)
+        return _conv2d_backward(ctx, dy, _conv2d_dgrad, _conv2d_wgrad)
+
+
+# -- FLOP formulas: stored blocks only ---------------------------------------------------------------------------------
+
+
+@register_flop_formula([torch.ops.sparsekern.linear, torch.ops.sparsekern.linear_dgrad])
+def _linear_flops(x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any) -> int:
+    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.linear_wgrad)
+def _linear_wgrad_flops(
+    dy_shape: Sequence[int],
+    x_shape: Sequence[int],
+    index_shape: Sequence[int],
+    capacity: int,
+    bo: int,
+    bi: int,
+    *args: Any,
+    **kw: Any,
+) -> int:
+    return 2 * math.prod(dy_shape[:-1]) * capacity * bo * bi
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d)
+def _conv2d_flops(
+    x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
+    return 2 * out_shape[0] * out_shape[2] * out_shape[3] * math.prod(values_shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_dgrad)
+def _conv2d_dgrad_flops(dy_shape: Sequence[int], values_shape: Sequence[int], *args: Any, **kw: Any) -> int:
+    return 2 * dy_shape[0] * dy_shape[2] * dy_shape[3] * math.prod(values_shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_wgrad)
+def _conv2d_wgrad_flops(
+    dy_shape: Sequence[int],
+    x_shape: Sequence[int],
+    index_shape: Sequence[int],
+    capacity: int,
+    bo: int,
+    bi: int,
+    *args: Any,
+    **kw: Any,
+) -> int:
+    return 2 * dy_shape[0] * dy_shape[2] * dy_shape[3] * capacity * bo * bi
+
+
+# -- what users call ---------------------------------------------------------------------------------------------------
+
+
+def _traced(x: Tensor, values: Tensor) -> bool:
+    """Whether something watches the dispatcher, which the direct path would hide from it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or x.device.type == "meta"
+        or type(x) is not Tensor
+        and type(x) is not torch.nn.Parameter
+        or type(values) is not torch.nn.Parameter
+        and type(values) is not Tensor
+    )
+
+
+def _autocast(
+    x: Tensor, values: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+    """Operands in autocast's dtype and the context that switches autocast off for the call."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, values, bias, None
+    dtype = torch.get_autocast_dtype(device)
+    off = torch.autocast(device, enabled=False)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype), off
+
+
+def _check(what: str, x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None) -> None:
+    grid = layout.grid
+    if tuple(values.shape[1:]) != grid.block or values.shape[0] != layout.capacity:
+        raise ValueError(
+            f"{what}: expected values {[layout.capacity, *grid.block]} for this layout, got {list(values.shape)}"
+        )
+    if x.dtype != values.dtype:
+        raise TypeError(
+            f"{what}: expected x and values of one dtype, got {x.dtype} and {values.dtype}; cast one or use torch.autocast"
+        )
+    if not (x.device == values.device == layout.index.device):
+        raise ValueError(
+            f"{what}: expected x, values and layout on one device, got {x.device}, {values.device}, {layout.index.device}"
+        )
+    if bias is not None and tuple(bias.shape) != (grid.weight_shape[0],):
+        raise ValueError(f"{what}: expected bias [{grid.weight_shape[0]}], got {list(bias.shape)}")
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None = None, *, element_mask: Tensor | None = None
+) -> Tensor:
+    """y = x w^T + bias for the block-sparse w [O, I] that ``values`` and ``layout`` hold.
+
+    Args:
+        x: [..., I], any leading dimensions, any strides.
+        values: [capacity, bo, bi], x's dtype (under autocast: any).
+        layout: a layout of a linear grid [O, I].
+        bias: [O] or None.
+        element_mask: packed bits uint8 [capacity, ceil(bo*bi/8)] of the elements that learn, or None for all.
+
+    Returns:
+        y [..., O].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; the message says what was expected.
+    """
+    grid = layout.grid
+    if len(grid.weight_shape) != 2:
+        raise ValueError(f"sparse_linear: expected a layout of a weight [O, I], got {list(grid.weight_shape)}")
+    if x.dim() < 1 or x.shape[-1] != grid.weight_shape[1]:
+        raise ValueError(
+            f"sparse_linear: expected x [..., {grid.weight_shape[1]}] (block {grid.block[0]}x{grid.block[1]}), "
+            f"got {list(x.shape)}"
+        )
+    x, values, bias, off = _autocast(x, values, bias)
+    _check("sparse_linear", x, values, layout, bias)
+    call = torch.ops.sparsekern.linear if _traced(x, values) else _Linear.apply
+    args = (x, values, layout.index, bias, grid.weight_shape[0], element_mask)
+    if off is None:
+        return call(*args)
+    with off:
+        return call(*args)
+
+
+def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"sparse_conv2d: expected {what} as an int or a pair, got {value!r}")
+    return pair[0], pair[1]
+
+
+def _padding4(
+    padding: str | int | Sequence[int], kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right), as PyTorch reads ints, pairs, "valid" and "same"."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"sparse_conv2d: padding='same' expects stride 1, got {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+    if isinstance(padding, str):
+        raise ValueError(f"sparse_conv2d: expected padding 'valid', 'same', an int or a pair, got {padding!r}")
+    ph, pw = _pair(padding, "padding")
+    return ph, ph, pw, pw
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    layout: BlockLayout,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    element_mask: Tensor | None = None,
+) -> Tensor:
+    """Cross-correlation of x with the block-sparse w [O, C/g, R, S] that ``values`` and ``layout`` hold.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], contiguous or channels_last (the result follows it); others are copied once.
+        values: [capacity, bo, bi], x's dtype (under autocast: any).
+        layout: a layout of a convolution grid.
+        bias: [O] or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
+        element_mask: packed bits uint8 [capacity, ceil(bo*bi/8)] of the elements that learn, or None for all.
+
+    Returns:
+        y [N, O, P, Q] or [O, P, Q].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; the message says what was expected.
+    """
+    grid = layout.grid
+    if len(grid.weight_shape) != 4:
+        raise ValueError(f"sparse_conv2d: expected a layout of a weight [O, C/g, R, S], got {list(grid.weight_shape)}")
+    if groups != grid.groups:
+        raise ValueError(f"sparse_conv2d: expected groups={grid.groups} as in the layout, got {groups}")
+    channels = grid.weight_shape[1] * groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"sparse_conv2d: expected x [N, {channels}, H, W] or [{channels}, H, W], got {list(x.shape)}")
+    if x.dim() == 3:
+        y = sparse_conv2d(
+            x.unsqueeze(0), values, layout, bias, stride, padding, dilation, groups, element_mask=element_mask
+        )
+        return y.squeeze(0)
+    steps, spread = _pair(stride, "stride"), _pair(dilation, "dilation")
+    pad = _padding4(padding, grid.kernel_size, steps, spread)
+    p, q = ConvGeometry(steps, pad, spread).output_size(x.shape[2], x.shape[3], grid.kernel_size)
+    if min(*steps, *spread) < 1 or min(pad) < 0 or p < 1 or q < 1:
+        raise ValueError(
+            f"sparse_conv2d: expected a positive output size, got {p}x{q} from input {x.shape[2]}x{x.shape[3]}, "
+            f"kernel {grid.kernel_size}, stride {steps}, padding {pad}, dilation {spread}"
+        )
+    x, values, bias, off = _autocast(x, values, bias)
+    _check("sparse_conv2d", x, values, layout, bias)
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+    call = torch.ops.sparsekern.conv2d if _traced(x, values) else _Conv2d.apply
+    args = (
+        x, values, layout.index, bias, grid.weight_shape[0], grid.kernel_size, steps, pad, spread, groups, element_mask,
+    )  # fmt: skip
+    if off is None:
+        return call(*args)
+    with off:
+        return call(*args)
