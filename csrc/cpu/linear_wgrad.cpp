@@ -1,4 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+// Weight gradient of a block-sparse linear layer: dw[o][i] = sum over batch rows of dy[n][o] x[n][i], at stored blocks.
+//
+// The batch is cut into tiles. Each tile of x and dy is packed once, shared by all threads; then every thread works
+// on block rows of its own, so each gradient is summed in the same order whatever the number of threads.
+//   outer: panels [block][batch row][feature]; vectors along the block's inputs, dy broadcast, no reduction.
+//   dot:   panels [feature][batch row]; vectors along the batch and a sum over lanes at the end, for thin blocks.
 #include <cstring>
 
 #include "isa.h"
@@ -7,27 +13,380 @@
 
 namespace sparsekern {
 namespace SK_ISA {
+namespace {
+
+constexpr int HALF = LANES > 4 ? LANES / 2 : 4;
+constexpr int64_t PACK_ROWS = 16;  // batch rows packed at a time; dbias is summed by such chunks
+
+struct Gradient {
+    const LinearArgs &a;
+    const Layout &l;
+    const float *dy;
+    int64_t lddy;
+    const float *x;
+    int64_t ldx;
+    float *dvalues, *dbias;
+    int64_t tile;  // batch rows of a full tile
+
+    int64_t block() const { return l.bo * l.bi; }
+};
+
+// Block rows in segments of nearly equal work, taken dynamically.
+int64_t segment_begin(const Layout &l, int64_t s, int64_t count) {
+    const int64_t target = (l.nnz() + l.rows) * s / count;
+    int64_t low = 0, high = l.rows;
+    while (low < high) {
+        const int64_t mid = (low + high) / 2;
+        if (l.row_ptr[mid] + mid < target)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return s >= count ? l.rows : low;
+}
+
+// -- outer products ---------------------------------------------------------------------------------------------------
+
+// Panel [block][row][width]. Blocks are apart by a little more than they need: whole vectors may be read and written
+// past a row, and a power of two would map every block to the same cache sets.
+int64_t block_stride(int64_t rows, int64_t width) {
+    return round_up(rows * width + 2 * LANES, 16);
+}
+
+template <int L>
+void pack_blocks(const float *src, int64_t ld, int64_t rows, int64_t features, int64_t width, int64_t stride,
+                 float *dst) {
+    for (int64_t j = 0; j * width < features; ++j) {
+        const int64_t begin = j * width, filled = min64(width, features - begin);
+        const float *s = src + begin;
+        float *d = dst + j * stride;
+        const bool whole = begin + round_up(width, L) <= features;
+        for (int64_t n = 0; n < rows; ++n, s += ld, d += width) {
+            if (whole && n + 1 < rows) {
+                for (int64_t v = 0; v < width; v += L) store<L>(d + v, load<L>(s + v));
+                continue;
+            }
+            for (int64_t v = 0; v < width; v += L)
+                store_partial<L>(d + v, load_partial<L>(s + v, min64(L, max64(0, filled - v))), min64(L, width - v));
+        }
+    }
+}
+
+void pack_blocks(const float *src, int64_t ld, int64_t rows, int64_t features, int64_t width, int64_t stride,
+                 float *dst) {
+    if (width > HALF)
+        pack_blocks<LANES>(src, ld, rows, features, width, stride, dst);
+    else if (width > 4)
+        pack_blocks<HALF>(src, ld, rows, features, width, stride, dst);
+    else
+        pack_blocks<4>(src, ld, rows, features, width, stride, dst);
+}
+
+void column_sums(const float *src, int64_t ld, int64_t rows, int64_t features, float *dst) {
+    for (int64_t c = 0; c < features; c += LANES) {
+        const int64_t width = min64(LANES, features - c);
+        Vec<LANES> acc = {};
+        if (width == LANES)
+            for (int64_t n = 0; n < rows; ++n) acc += load<LANES>(src + n * ld + c);
+        else
+            for (int64_t n = 0; n < rows; ++n) acc += load_partial<LANES>(src + n * ld + c, width);
+        store_partial<LANES>(dst + c, acc, width);
+    }
+}
+
+// dw [MR][KV * L] (+)= g [n][MR]^T x [n][KV * L]; only `width` lanes of a row of dw are stored
+using OuterTile = void (*)(const float *g, int64_t ldg, const float *x, int64_t ldx, int64_t n, float *dw, int64_t lddw,
+                           int64_t width, bool first);
+
+template <int L, int KV, int MR>
+void outer_tile(const float *g, int64_t ldg, const float *x, int64_t ldx, int64_t n, float *dw, int64_t lddw,
+                int64_t width, bool first) {
+    using V = Vec<L>;
+    V acc[MR][KV];
+    const int64_t tail = width - (KV - 1) * L;
+    SK_UNROLL
+    for (int i = 0; i < MR; ++i) {
+        SK_UNROLL
+        for (int v = 0; v < KV; ++v) {
+            const float *p = dw + i * lddw + v * L;
+            acc[i][v] = first ? V{} : v + 1 < KV ? load<L>(p) : load_partial<L>(p, tail);
+        }
+    }
+    for (int64_t r = 0; r < n; ++r, g += ldg, x += ldx) {
+        V xv[KV];
+        SK_UNROLL
+        for (int v = 0; v < KV; ++v) xv[v] = load<L>(x + v * L);
+        SK_UNROLL
+        for (int i = 0; i < MR; ++i) {
+            const V gi = broadcast<L>(g[i]);
+            SK_UNROLL
+            for (int v = 0; v < KV; ++v) acc[i][v] += gi * xv[v];
+        }
+    }
+    SK_UNROLL
+    for (int i = 0; i < MR; ++i) {
+        SK_UNROLL
+        for (int v = 0; v < KV; ++v) {
+            float *p = dw + i * lddw + v * L;
+            if (v + 1 < KV)
+                store<L>(p, acc[i][v]);
+            else
+                store_partial<L>(p, acc[i][v], tail);
+        }
+    }
+}
+
+constexpr int OUTER_ONE = REGISTERS == 32 ? 16 : 8;                  // MR with one vector
+constexpr int OUTER_TWO = REGISTERS == 32 ? 8 : LANES == 8 ? 6 : 4;  // MR with two
+
+template <int L, int KV, int MR> OuterTile outer_tile_for(int64_t mr) {
+    if constexpr (MR == 1)
+        return outer_tile<L, KV, 1>;
+    else
+        return mr == MR ? outer_tile<L, KV, MR> : outer_tile_for<L, KV, MR - 1>(mr);
+}
+
+void outer_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
+    const Layout &l = d.l;
+    const int64_t stride = block_stride(d.tile, l.bi);
+    gp += row * block_stride(d.tile, l.bo);
+    for (int64_t k = 0; k < l.bi;) {
+        const int64_t rest = l.bi - k;
+        const bool two = rest > LANES + HALF, half = !two && rest <= HALF;
+        const int64_t width = min64(rest, two ? 2 * LANES : half ? HALF : LANES), limit = two ? OUTER_TWO : OUTER_ONE;
+        const int64_t pieces = ceil_div(l.bo, limit);
+        for (int64_t p = 0; p < pieces; ++p) {
+            const int64_t begin = l.bo * p / pieces, mr = l.bo * (p + 1) / pieces - begin;
+            const OuterTile tile = two    ? outer_tile_for<LANES, 2, OUTER_TWO>(mr)
+                                   : half ? outer_tile_for<HALF, 1, OUTER_ONE>(mr)
+                                          : outer_tile_for<LANES, 1, OUTER_ONE>(mr);
+            for (int64_t q = l.row_ptr[row]; q < l.row_ptr[row + 1]; ++q)
+                tile(gp + begin, l.bo, xp + l.col[q] * stride + k, l.bi, n,
+                     d.dvalues + q * d.block() + begin * l.bi + k, l.bi, width, first);
+        }
+        k += width;
+    }
+}
+
+// -- dot products -----------------------------------------------------------------------------------------------------
+
+int64_t feature_stride(int64_t rows) {
+    return round_up(rows, LANES) + 16;  // not a power of two, for the same reason
+}
+
+// part [m * ldm + at[j]] (vectors) = g[m] . x[j], one partial sum per lane
+using DotTile = void (*)(const float *g, const float *const *x, int64_t ld, int64_t n, float *part, const int64_t *at,
+                         int64_t ldm);
+
+template <int BM, int BN>
+void dot_tile(const float *g, const float *const *x, int64_t ld, int64_t n, float *part, const int64_t *at,
+              int64_t ldm) {
+    using V = Vec<LANES>;
+    V acc[BM][BN] = {};
+    const float *xp[BN];
+    SK_UNROLL
+    for (int j = 0; j < BN; ++j) xp[j] = x[j];
+    for (int64_t r = 0; r < n; r += LANES) {
+        V gv[BM];
+        SK_UNROLL
+        for (int i = 0; i < BM; ++i) gv[i] = load<LANES>(g + i * ld + r);
+        SK_UNROLL
+        for (int j = 0; j < BN; ++j) {
+            const V xv = load<LANES>(xp[j] + r);
+            SK_UNROLL
+            for (int i = 0; i < BM; ++i) acc[i][j] += gv[i] * xv;
+        }
+    }
+    SK_UNROLL
+    for (int i = 0; i < BM; ++i) {
+        SK_UNROLL
+        for (int j = 0; j < BN; ++j) store<LANES>(part + (i * ldm + at[j]) * LANES, acc[i][j]);
+    }
+}
+
+constexpr int DOT_ONE = REGISTERS == 32 ? 8 : 6, DOT_TWO = REGISTERS == 32 ? 8 : 4;  // columns of tiles 1 and 2 high
+constexpr int DOT_TALL = REGISTERS == 32 ? 4 : 3;                                    // tallest tile and its columns
+
+template <int BM, int BN> DotTile dot_tile_for(int64_t bn) {
+    if constexpr (BN == 1)
+        return dot_tile<BM, 1>;
+    else
+        return bn == BN ? dot_tile<BM, BN> : dot_tile_for<BM, BN - 1>(bn);
+}
+
+DotTile dot_tile_for(int64_t bm, int64_t bn) {
+    if (bm == 1) return dot_tile_for<1, DOT_ONE>(bn);
+    if (bm == 2) return dot_tile_for<2, DOT_TWO>(bn);
+    if (bm == 3) return dot_tile_for<3, DOT_TALL>(bn);
+    return dot_tile_for<DOT_TALL, DOT_TALL>(bn);
+}
+
+// Partial sums of consecutive elements of dvalues, one vector each, waiting for the sum over their lanes.
+struct Partials {
+    float *part, *dvalues;
+    int64_t begin, count;  // elements of dvalues held
+    bool first;
+
+    static constexpr int64_t LIMIT = 512;
+
+    void flush() {
+        for (int64_t e = 0; e < count; e += LANES) {
+            const int64_t width = min64(LANES, count - e);
+            Vec<LANES> v[LANES];
+            SK_UNROLL
+            for (int i = 0; i < LANES; ++i) v[i] = load<LANES>(part + (e + i) * LANES);
+            float *out = dvalues + begin + e;
+            Vec<LANES> s = sum_lanes<LANES>(v);
+            if (!first) s += load_partial<LANES>(out, width);
+            store_partial<LANES>(out, s, width);
+        }
+        begin += count;
+        count = 0;
+    }
+};
+
+void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, Partials &partials) {
+    const Layout &l = d.l;
+    const int64_t ld = feature_stride(d.tile), run = max64(1, Partials::LIMIT / d.block());
+    const int64_t last = l.row_ptr[row + 1];
+    gp += row * l.bo * ld;
+    const int64_t limit_m = l.bo <= 2 ? l.bo : DOT_TALL, limit_n = l.bo == 1 ? DOT_ONE : l.bo == 2 ? DOT_TWO : DOT_TALL;
+    const int64_t pieces = ceil_div(l.bo, limit_m);
+    for (int64_t q = l.row_ptr[row]; q < last; q += run) {
+        const int64_t blocks = min64(run, last - q), columns = blocks * l.bi;
+        if (partials.count + blocks * d.block() > Partials::LIMIT) partials.flush();
+        const float *x[8];
+        int64_t at[8];
+        int64_t slot = q, inner = 0;
+        for (int64_t c = 0; c < columns;) {
+            const int64_t bn = min64(limit_n, columns - c);
+            for (int64_t j = 0; j < bn; ++j) {
+                x[j] = xp + (l.col[slot] * l.bi + inner) * ld;
+                at[j] = partials.count + (slot - q) * d.block() + inner;
+                if (++inner == l.bi) inner = 0, ++slot;
+            }
+            for (int64_t p = 0; p < pieces; ++p) {
+                const int64_t begin = l.bo * p / pieces, bm = l.bo * (p + 1) / pieces - begin;
+                dot_tile_for(bm, bn)(gp + begin * ld, x, ld, n, partials.part + begin * l.bi * LANES, at, l.bi);
+            }
+            c += bn;
+        }
+        partials.count += blocks * d.block();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+void apply_mask(const uint8_t *mask, int64_t n, float *values) {
+    for (int64_t i = 0; i < n; ++i)
+        if (!(mask[i / 8] >> (i % 8) & 1)) values[i] = 0;
+}
+
+void outer_products(const Gradient &d, int threads) {
+    const Layout &l = d.l;
+    const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
+    const int64_t x_stride = block_stride(d.tile, l.bi), g_stride = block_stride(d.tile, l.bo);
+    const Scratch<float> xp(l.cols * x_stride), gp(l.rows * g_stride);
+    const int64_t chunks = ceil_div(d.tile, PACK_ROWS);
+    const Scratch<float> sums(d.dbias ? chunks * d.a.out_features : 0);
+    const Scratch<Counter> counters(2 * tiles);
+    for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
+    parallel(threads, [&](const Team &team) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0);
+            for (int64_t c; (c = counters[2 * t].take() * PACK_ROWS) < n;) {
+                const int64_t rows = min64(PACK_ROWS, n - c);
+                const float *x = d.x + (n0 + c) * d.ldx, *dy = d.dy + (n0 + c) * d.lddy;
+                pack_blocks(x, d.ldx, rows, d.a.in_features, l.bi, x_stride, xp.get() + c * l.bi);
+                pack_blocks(dy, d.lddy, rows, d.a.out_features, l.bo, g_stride, gp.get() + c * l.bo);
+                if (d.dbias)
+                    column_sums(dy, d.lddy, rows, d.a.out_features, sums.get() + c / PACK_ROWS * d.a.out_features);
+            }
+            team.barrier();
+            for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
+                const int64_t last = segment_begin(l, s + 1, segments);
+                for (int64_t row = segment_begin(l, s, segments); row < last; ++row)
+                    outer_row(d, gp.get(), xp.get(), row, n, t == 0);
+            }
+            if (d.dbias && team.rank == 0)
+                for (int64_t o = 0; o < d.a.out_features; ++o)
+                    for (int64_t c = 0; c < ceil_div(n, PACK_ROWS); ++c)
+                        d.dbias[o] = sums[c * d.a.out_features + o] + (t == 0 && c == 0 ? 0.0f : d.dbias[o]);
+            team.barrier();
+        }
+    });
+}
+
+void dot_products(const Gradient &d, int threads) {
+    constexpr int64_t chunk = 64;
+    const Layout &l = d.l;
+    const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
+    const int64_t ld = feature_stride(d.tile);
+    const int64_t x_size = l.cols * l.bi * ld, g_size = l.rows * l.bo * ld;
+    const Scratch<float> xp(x_size), gp(g_size);
+    const int64_t part_size = (max64(Partials::LIMIT, d.block()) + LANES) * LANES;
+    const Scratch<float> part(threads * part_size);
+    memset(part.get(), 0, threads * part_size * sizeof(float));
+    // Features that only pad an edge block.
+    memset(xp.get() + d.a.in_features * ld, 0, (x_size - d.a.in_features * ld) * sizeof(float));
+    memset(gp.get() + d.a.out_features * ld, 0, (g_size - d.a.out_features * ld) * sizeof(float));
+    const Scratch<Counter> counters(2 * tiles);
+    for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
+    const int64_t x_chunks = ceil_div(d.a.in_features, chunk), g_chunks = ceil_div(d.a.out_features, chunk);
+    parallel(threads, [&](const Team &team) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0), padded = round_up(n, LANES);
+            for (int64_t c; (c = counters[2 * t].take()) < x_chunks + g_chunks;) {
+                if (c < x_chunks) {
+                    const int64_t f = c * chunk;
+                    transpose_in(d.x + n0 * d.ldx + f, d.ldx, n, min64(chunk, d.a.in_features - f), padded,
+                                 xp.get() + f * ld, ld);
+                    continue;
+                }
+                const int64_t f = (c - x_chunks) * chunk, count = min64(chunk, d.a.out_features - f);
+                transpose_in(d.dy + n0 * d.lddy + f, d.lddy, n, count, padded, gp.get() + f * ld, ld);
+                for (int64_t o = f; d.dbias && o < f + count; ++o) {
+                    Vec<LANES> acc = {};
+                    for (int64_t r = 0; r < padded; r += LANES) acc += load<LANES>(gp.get() + o * ld + r);
+                    d.dbias[o] = sum<LANES>(acc) + (t == 0 ? 0.0f : d.dbias[o]);
+                }
+            }
+            team.barrier();
+            for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
+                const int64_t row0 = segment_begin(l, s, segments), last = segment_begin(l, s + 1, segments);
+                Partials partials{part.get() + team.rank * part_size, d.dvalues, l.row_ptr[row0] * d.block(), 0,
+                                  t == 0};
+                for (int64_t row = row0; row < last; ++row) dot_row(d, gp.get(), xp.get(), row, padded, partials);
+                partials.flush();
+            }
+            team.barrier();
+        }
+    });
+}
+
+}  // namespace
 
 void linear_wgrad(const LinearArgs &a, const float *dy, int64_t lddy, const float *x, int64_t ldx,
                   const uint8_t *element_mask, float *dvalues, float *dbias) {
     const Layout &l = a.layout;
-    const int64_t size = l.bo * l.bi;
-    memset(dvalues, 0, l.capacity * size * sizeof(float));
-    if (dbias) memset(dbias, 0, a.out_features * sizeof(float));
-    for (int64_t n = 0; n < a.m; ++n) {
-        const float *g = dy + n * lddy, *xn = x + n * ldx;
-        if (dbias)
-            for (int64_t o = 0; o < a.out_features; ++o) dbias[o] += g[o];
-        for (int64_t q = 0; q < l.nnz(); ++q)
-            for (int64_t i = 0; i < l.bo; ++i)
-                for (int64_t j = 0; j < l.bi; ++j) {
-                    const int64_t o = l.row[q] * l.bo + i, k = l.col[q] * l.bi + j;
-                    const int64_t bit = i * l.bi + j;
-                    const uint8_t *mask = element_mask ? element_mask + q * ((size + 7) / 8) : nullptr;
-                    if (o < a.out_features && k < a.in_features && (!mask || (mask[bit / 8] >> (bit % 8) & 1)))
-                        dvalues[q * size + bit] += g[o] * xn[k];
-                }
+    const int64_t size = l.bo * l.bi, nnz = l.nnz();
+    const int64_t used = a.m == 0 ? 0 : nnz;
+    memset(dvalues + used * size, 0, (l.capacity - used) * size * sizeof(float));
+    if (a.m == 0) {
+        if (dbias) memset(dbias, 0, a.out_features * sizeof(float));
+        return;
     }
+    const int threads = useful_threads(a.threads, a.m * (nnz * size + a.in_features + a.out_features));
+    const bool outer = l.bo >= 4 && l.bi > 4;
+    const int64_t budget = (int64_t{1} << 19) / (a.in_features + a.out_features);  // floats of a tile of x and dy
+    Gradient d{a, l, dy, lddy, x, ldx, dvalues, dbias, 0};
+    d.tile = min64(round_up(a.m, LANES), max64(64, min64(512, round_up(budget, LANES))));
+    if (outer)
+        outer_products(d, threads);
+    else
+        dot_products(d, threads);
+    if (element_mask)
+        for (int64_t q = 0; q < nnz; ++q) apply_mask(element_mask + q * ceil_div(size, 8), size, dvalues + q * size);
 }
 
 }  // namespace SK_ISA
