@@ -1,0 +1,163 @@
+"""Options, fixtures and machine facts of the benchmarks; see results/README.md."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, shapes
+from benchmarks.problems import ERROR_BOUND, Problem
+from benchmarks.shapes import Case, Selection
+from benchmarks.timing import Effort, Timer, race, speedup, timer_for
+
+_CASES: dict[str, Callable[[Selection], list[Any]]] = {
+    "linear_case": shapes.linear_cases,
+    "conv2d_case": shapes.conv2d_cases,
+    "peer_case": shapes.peer_cases,
+    "train_case": shapes.train_cases,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sparsekern", "speed benchmarks")
+    group.addoption("--sk-suite", choices=shapes.SUITES, default=None, help="which cases (default: quick)")
+    group.addoption("--sk-rounds", type=int, default=None, help="most rounds per case (default: by suite)")
+    group.addoption("--sk-budget-s", type=float, default=None, help="seconds per case, at least 3 rounds run")
+    group.addoption("--threads", default=None, metavar="1,2", help="thread counts (default: 1,2; toy: 1)")
+    group.addoption("--sk-blocks", default=None, metavar="16,32", help="block edges instead of the suite's")
+    group.addoption("--sk-sparsities", default=None, metavar="80,90", help="percents instead of the suite's")
+    group.addoption("--sk-passes", default=None, metavar="forward,step", help="passes instead of the suite's")
+    group.addoption("--sk-device", default="cpu", help="device to time on (cpu)")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    return tuple(int(part) for part in text.split(",")) if text else None
+
+
+def _disabled(config: pytest.Config) -> bool:
+    return bool(config.getoption("benchmark_disable", False)) and not config.getoption("benchmark_enable", False)
+
+
+def _selection(config: pytest.Config) -> Selection:
+    suite = config.getoption("--sk-suite") or ("toy" if _disabled(config) else "quick")
+    passes = config.getoption("--sk-passes")
+    try:
+        blocks, sparsities = _numbers(config.getoption("--sk-blocks")), _numbers(config.getoption("--sk-sparsities"))
+        threads = _numbers(config.getoption("--threads")) or ((1,) if suite == "toy" else (1, 2))
+    except ValueError as error:
+        raise pytest.UsageError(
+            f"--threads, --sk-blocks, --sk-sparsities: expected 16,32 or the like, {error}"
+        ) from None
+    if passes and not set(passes.split(",")) <= set(shapes.PASSES):
+        raise pytest.UsageError(f"--sk-passes: expected some of {','.join(shapes.PASSES)}, got {passes!r}")
+    return Selection(suite, threads, blocks, sparsities, tuple(passes.split(",")) if passes else None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, cases_of in _CASES.items():
+        if name in metafunc.fixturenames:
+            cases = cases_of(_selection(metafunc.config))
+            metafunc.parametrize(name, cases, ids=[case.id for case in cases])
+
+
+@pytest.fixture
+def effort(request: pytest.FixtureRequest) -> Effort:
+    config = request.config
+    suite = _selection(config).suite
+    rounds, budget = config.getoption("--sk-rounds"), config.getoption("--sk-budget-s")
+    return Effort(
+        shapes.ROUNDS[suite] if rounds is None else rounds,
+        shapes.BUDGET_S[suite] if budget is None else budget,
+        _disabled(config),
+    )
+
+
+@pytest.fixture(scope="session")
+def timer(request: pytest.FixtureRequest) -> Timer:
+    return timer_for(torch.device(request.config.getoption("--sk-device")))
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def measure_pass(
+    benchmark: Any, timer: Timer, effort: Effort, with_threads: Callable[[int], None]
+) -> Callable[[Case, Problem], None]:
+    """Time one row, dense against sparse, and note everything the report needs."""
+
+    def run(case: Case, problem: Problem) -> None:
+        with_threads(case.threads)
+        calls = problem.calls(case.pass_)
+        error = problem.error(case.pass_)
+        neighbours = machine.Neighbours()
+        benchmark.group = f"{problem.op} {case.pass_}"  # read when the race starts
+        contenders = {"dense": calls.dense, "sparse": calls.sparse}
+        times = race(benchmark, timer, contenders, hero="sparse", effort=effort)
+        median = {name: statistics.median(samples) for name, samples in times.items()}
+        ratio = speedup(times["dense"], times["sparse"])
+        benchmark.extra_info.update(
+            kind="pass",
+            op=problem.op,
+            pass_=case.pass_,
+            shape=case.shape.name,
+            memory_format=case.memory_format,
+            block=case.block,
+            sparsity=case.sparsity,
+            density=problem.density,
+            dtype="float32",
+            threads=case.threads,
+            backend=problem.backend,
+            bias=case.shape.bias,
+            dense_median_s=median["dense"],
+            sparse_median_s=median["sparse"],
+            **ratio,
+            of_ideal=ratio["speedup"] * problem.density,
+            gflops=problem.flops(case.pass_) / median["sparse"] / 1e9,
+            dense_gflops=problem.flops(case.pass_) / problem.density / median["dense"] / 1e9,
+            gbytes_per_s=problem.bytes_moved(case.pass_) / median["sparse"] / 1e9,
+            max_error=error,
+            neighbours=neighbours.cores(),
+        )
+        assert error <= ERROR_BOUND, f"expected an error of at most {ERROR_BOUND}, got {error}"
+
+    return run
+
+
+# -- machine facts -----------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SESSION] = (machine.Neighbours(), machine.load_average())
+
+
+_SESSION = pytest.StashKey[tuple[machine.Neighbours, "list[float] | None"]]()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()  # drops the host name, which says nothing about speed
+    machine_info.update(machine.machine_info())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    neighbours, load = config.stash[_SESSION]
+    output_json["sparsekern_run"] = {
+        "format": 1,
+        "suite": _selection(config).suite,
+        "load_average_start": load,
+        "load_average_end": machine.load_average(),
+        "neighbours": neighbours.cores(),
+        "cpu_count": os.cpu_count(),
+    }
+    for bench in output_json["benchmarks"]:
+        bench["params"] = bench["param"]  # the case objects; every field of theirs is in extra_info

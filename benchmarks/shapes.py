@@ -1,0 +1,226 @@
+"""Which cases each suite holds: shapes, blocks, sparsities, passes, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+PASSES = ("forward", "dgrad", "wgrad", "step")
+BLOCKS = (1, 4, 8, 16, 32, 64)
+SPARSITIES = (50, 70, 80, 90, 95, 98)  # percent of the blocks removed
+FORMATS = ("nchw", "nhwc")
+SUITES = ("toy", "quick", "gate", "full", "cross")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """``x [M, I]``, ``w [O, I]``, ``y [M, O]``."""
+
+    m: int
+    i: int
+    o: int
+    bias: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.i}->{self.o}"
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense forward; dgrad and wgrad have as many."""
+        return self.m * self.i * self.o
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """``x [N, C, H, H]``, ``w [O, C, R, R]``."""
+
+    n: int
+    c: int
+    o: int
+    h: int
+    r: int = 3
+    stride: int = 1
+    bias: bool = False
+
+    @property
+    def padding(self) -> int:
+        return self.r // 2
+
+    @property
+    def p(self) -> int:
+        """Height and width of the output."""
+        return (self.h + 2 * self.padding - self.r) // self.stride + 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.n}x{self.c}x{self.h}x{self.h}->{self.o} {self.r}x{self.r}" + (
+            f" s{self.stride}" if self.stride > 1 else ""
+        )
+
+    @property
+    def macs(self) -> int:
+        """Nominal multiply-adds of the dense forward, padded taps included."""
+        return self.n * self.p * self.p * self.o * self.c * self.r * self.r
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timed row. ``sparsity`` in percent; ``memory_format`` is ``"row-major"`` for a linear layer."""
+
+    shape: LinearShape | ConvShape
+    memory_format: str
+    block: int
+    sparsity: int
+    threads: int
+    pass_: str
+
+    @property
+    def id(self) -> str:
+        return (
+            f"{self.shape.name.replace(' ', '-')}-{self.memory_format}-b{self.block}-s{self.sparsity}"
+            f"-t{self.threads}-{self.pass_}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """One end-to-end training step. ``model`` is a name of :func:`sparsekern.models.names`, ``block`` 0 is "auto"."""
+
+    model: str
+    in_shape: tuple[int, int, int]
+    batch: int
+    block: int
+    sparsity: int
+    threads: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}-n{self.batch}-b{self.block or 'auto'}-s{self.sparsity}-t{self.threads}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shapes that share blocks, sparsities and passes; ``step_blocks`` limits the costly whole step."""
+
+    shapes: tuple[LinearShape | ConvShape, ...]
+    blocks: tuple[int, ...] = BLOCKS
+    sparsities: tuple[int, ...] = SPARSITIES
+    passes: tuple[str, ...] = PASSES
+    step_blocks: tuple[int, ...] = BLOCKS
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line asked for; ``None`` leaves the suite's own choice."""
+
+    suite: str
+    threads: tuple[int, ...]
+    blocks: tuple[int, ...] | None = None
+    sparsities: tuple[int, ...] | None = None
+    passes: tuple[str, ...] | None = None
+
+
+LINEAR = LinearShape(2048, 1024, 1024)
+LINEAR_PEERS = LinearShape(2048, 1024, 1024, bias=False)  # no peer adds a bias
+LINEAR_MORE = (
+    LinearShape(4096, 1024, 1024),
+    LinearShape(2048, 784, 1024),
+    LinearShape(4096, 768, 3072),
+    LinearShape(32, 1024, 1024),
+)
+CONV = ConvShape(128, 128, 128, 16)
+CONV_MORE = (ConvShape(128, 64, 64, 32), ConvShape(128, 256, 256, 8))
+CONV_EXTRA = (
+    ConvShape(128, 64, 128, 32, stride=2),
+    ConvShape(128, 128, 128, 16, r=1),
+    ConvShape(128, 128, 256, 16, r=1, stride=2),
+)
+
+LINEAR_SUITES: dict[str, tuple[Grid, ...]] = {
+    "toy": (
+        Grid((LinearShape(96, 64, 128),), (1, 4, 16, 32), (50, 90)),
+        Grid((LinearShape(33, 50, 70),), (4, 16), (80,)),
+    ),
+    "quick": (Grid((LINEAR,), (16,), (90,)),),
+    "gate": (Grid((LINEAR,), (16, 32), (90,)),),
+    "full": (Grid((LINEAR,)), Grid(LINEAR_MORE, (16, 32), (80, 90, 95))),
+    "cross": (Grid((LINEAR, *LINEAR_MORE)),),
+}
+CONV_SUITES: dict[str, tuple[Grid, ...]] = {
+    "toy": (
+        Grid((ConvShape(2, 32, 32, 8),), (1, 4, 16), (50, 90)),
+        Grid((ConvShape(2, 16, 24, 9, stride=2), ConvShape(2, 32, 16, 8, r=1, bias=True)), (8,), (80,)),
+    ),
+    "quick": (Grid((CONV,), (16,), (90,)),),
+    "gate": (Grid((CONV,), (16, 32), (90,)),),
+    "full": (
+        Grid((CONV,), step_blocks=(16, 32)),
+        Grid(CONV_MORE, (8, 16, 32), (80, 90, 95), step_blocks=(16, 32)),
+        Grid(CONV_EXTRA, (16, 32), (90,), step_blocks=(32,)),
+    ),
+    "cross": (Grid((CONV, *CONV_MORE, *CONV_EXTRA)),),
+}
+_MNIST, _CIFAR = (1, 28, 28), (3, 32, 32)
+TRAIN_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, ...], tuple[int, ...]], ...]] = {
+    # model, in_shape, batch, blocks, sparsities
+    "toy": (("mlp-64-64", (1, 8, 8), 16, (16,), (90,)), ("resnet20-w8", (3, 8, 8), 4, (4,), (80,))),
+    "quick": (("mlp", _MNIST, 512, (0,), (90,)),),
+    "gate": (),
+    "full": (
+        ("mlp", _MNIST, 512, (0, 16), (80, 90, 95)),
+        ("vgg16", _CIFAR, 32, (0,), (80, 90, 95)),
+        ("wrn-16-4", _CIFAR, 32, (0,), (80, 90, 95)),
+        ("resnet20-w64", _CIFAR, 32, (0,), (80, 90, 95)),
+    ),
+    "cross": (
+        ("mlp", _MNIST, 512, (0, *BLOCKS), SPARSITIES),
+        ("vgg16", _CIFAR, 32, (0, 8, 16, 32), SPARSITIES),
+        ("wrn-16-4", _CIFAR, 32, (0, 8, 16, 32), SPARSITIES),
+        ("resnet20-w64", _CIFAR, 32, (0, 8, 16, 32), SPARSITIES),
+    ),
+}
+PEER_SUITES: dict[str, tuple[Grid, ...]] = {
+    "toy": (Grid((LinearShape(64, 64, 64, bias=False),), (1, 16), (90,), PASSES[:3]),),
+    "quick": (),
+    "gate": (),
+    "full": (Grid((LINEAR_PEERS,), (1, 16, 32), (80, 90, 95), PASSES[:3]),),
+    "cross": (Grid((LINEAR_PEERS,), (1, 16, 32), SPARSITIES, PASSES[:3]),),
+}
+ROUNDS = {"toy": 3, "quick": 10, "gate": 15, "full": 5, "cross": 5}
+BUDGET_S = {"toy": 0.1, "quick": 3.0, "gate": 6.0, "full": 0.8, "cross": 0.8}
+
+
+def linear_cases(want: Selection) -> list[Case]:
+    return list(_expand(LINEAR_SUITES[want.suite], ("row-major",), want))
+
+
+def conv2d_cases(want: Selection) -> list[Case]:
+    return list(_expand(CONV_SUITES[want.suite], FORMATS, want))
+
+
+def peer_cases(want: Selection) -> list[Case]:
+    return [case for case in _expand(PEER_SUITES[want.suite], ("row-major",), want) if case.pass_ != "step"]
+
+
+def train_cases(want: Selection) -> list[TrainCase]:
+    return [
+        TrainCase(model, in_shape, batch, block, sparsity, threads)
+        for model, in_shape, batch, blocks, sparsities in TRAIN_SUITES[want.suite]
+        for block in want.blocks or blocks
+        for sparsity in want.sparsities or sparsities
+        for threads in want.threads
+    ]
+
+
+def _expand(grids: Sequence[Grid], formats: Sequence[str], want: Selection) -> Iterator[Case]:
+    """Passes and threads vary fastest: cases in a row share operands, layout and reference results."""
+    for grid in grids:
+        for shape in grid.shapes:
+            for memory_format in formats:
+                for block in want.blocks or grid.blocks:
+                    for sparsity in want.sparsities or grid.sparsities:
+                        for threads in want.threads:
+                            for pass_ in want.passes or grid.passes:
+                                if pass_ != "step" or want.passes or block in grid.step_blocks:
+                                    yield Case(shape, memory_format, block, sparsity, threads, pass_)

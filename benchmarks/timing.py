@@ -1,0 +1,180 @@
+"""Interleaved timing under pytest-benchmark.
+
+All contenders of a case run in one process, once per round, in alternating order, so that a slow phase of the
+machine meets all of them. pytest-benchmark times one of them through a *virtual clock*, which only that one
+advances. With such a clock only ``pedantic`` may be used: the calibrated mode asks it for its precision and
+waits for it to move.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+MIN_ROUNDS = 3
+MIN_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample: below it, call-to-call noise passed 5 %
+
+
+class VirtualClock:
+    """A timer for pytest-benchmark that moves by what :func:`race` adds to it."""
+
+    __name__ = "virtual clock"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = VirtualClock()
+
+
+class Timer(Protocol):
+    """Points in time on a device and the seconds between them."""
+
+    def prepare(self) -> None:
+        """Called before each sample, outside the timed section."""
+
+    def mark(self) -> Any:
+        """A point in time, in the order of the work handed to the device."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Seconds between two marks; waits for the later one."""
+
+
+class CpuTimer:
+    """Wall time. Caches stay as the contender before left them: large operands do not fit, small ones are warm."""
+
+    def prepare(self) -> None:
+        pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaTimer:
+    """Device time between events, with a cold L2 cache.
+
+    The memset that empties L2 is not waited for: it hides the launch of the first kernel, so the events hold
+    device time only. Marks must be made on the stream that the contender uses, which is the current one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * size, dtype=torch.int8, device=device)
+
+    def prepare(self) -> None:
+        self.flush.zero_()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The timer of a device type; raises ``ValueError`` for one that has none."""
+    if device.type == "cpu":
+        return CpuTimer()
+    if device.type == "cuda":
+        return CudaTimer(device)
+    raise ValueError(f"device: expected cpu or cuda, got {device}; add a Timer for it in benchmarks/timing.py")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case may take: at most ``rounds`` rounds, fewer (not below 3) when ``budget_s`` seconds would pass."""
+
+    rounds: int
+    budget_s: float
+    disabled: bool = False
+
+
+def sample(timer: Timer, contender: Callable[[], object], loops: int) -> float:
+    """Seconds of one call, averaged over ``loops`` calls in a row."""
+    timer.prepare()
+    start = timer.mark()
+    for _ in range(loops):
+        contender()
+    return timer.seconds(start, timer.mark()) / loops
+
+
+def race(
+    benchmark: Any,
+    timer: Timer,
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    hero: str,
+    effort: Effort,
+    repeat_short: bool = True,
+) -> dict[str, list[float]]:
+    """Time all contenders in interleaved rounds; pytest-benchmark's own statistics hold the ``hero``.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark, whose marker must carry ``timer=CLOCK``.
+        timer: timer of the device.
+        contenders: name to a call without arguments.
+        hero: the contender that pytest-benchmark records.
+        effort: limits of the case; ``disabled`` runs everything exactly once, untimed.
+        repeat_short: average calls under 2 ms over several in a row (off for training steps, which keep state).
+
+    Returns:
+        Seconds per call of each contender, one number per round; index ``k`` is the same round for all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    if effort.disabled:
+        for name, contender in contenders.items():
+            times[name].append(sample(timer, contender, 1))
+        benchmark.pedantic(lambda: None, rounds=1)
+        return times
+
+    first = {name: sample(timer, contender, 1) for name, contender in contenders.items()}  # warm-up
+    loops = dict.fromkeys(contenders, 1)
+    if repeat_short:
+        for name, contender in contenders.items():
+            warm = sample(timer, contender, 1) if first[name] < MIN_SAMPLE_S else first[name]
+            loops[name] = max(1, math.ceil(MIN_SAMPLE_S / max(warm, 1e-7)))
+    per_round = sum(max(seconds, MIN_SAMPLE_S) for seconds in first.values())
+    rounds = max(MIN_ROUNDS, min(effort.rounds, int(effort.budget_s / per_round)))
+    order = list(contenders)
+
+    def one_round() -> None:
+        order.reverse()
+        for name in order:
+            times[name].append(sample(timer, contenders[name], loops[name]))
+        CLOCK.now += times[hero][-1]
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    return times
+
+
+def quartiles(samples: list[float]) -> tuple[float, float]:
+    """First and third quartile (inclusive method); the value itself twice for a single sample."""
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return q1, q3
+
+
+def speedup(baseline: list[float], contender: list[float]) -> dict[str, float]:
+    """Median of the per-round ratios ``baseline / contender`` with its quartiles.
+
+    The median of ratios is not the ratio of medians: within a round both met the same machine.
+    """
+    ratios = [b / c for b, c in zip(baseline, contender, strict=True)]
+    q1, q3 = quartiles(ratios)
+    return {"speedup": statistics.median(ratios), "speedup_q1": q1, "speedup_q3": q3}
