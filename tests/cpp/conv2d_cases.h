@@ -50,6 +50,7 @@ struct Images {
 };
 
 inline void run_conv2d(const Conv2dCase &c, uint64_t seed, Tally &tally) {
+    if (!tally.samples(seed)) return;
     Random random(seed);
     const int64_t p = c.p(), q = c.q(), out = c.o / c.groups, in = c.c / c.groups, taps = c.r * c.s;
     const Blocks blocks(c.groups, (out + c.bo - 1) / c.bo, taps, (in + c.bi - 1) / c.bi, c.bo, c.bi, c.density, c.empty,

@@ -48,6 +48,7 @@ struct Matrix {
 };
 
 inline void run_linear(const LinearCase &c, uint64_t seed, Tally &tally) {
+    if (!tally.samples(seed)) return;
     Random random(seed);
     const int64_t rows = (c.out + c.bo - 1) / c.bo, cols = (c.in + c.bi - 1) / c.bi;
     const Blocks blocks(1, rows, 1, cols, c.bo, c.bi, c.density, c.empty, c.spare, random);

@@ -18,6 +18,8 @@ int main(int argc, char **argv) {
     }
     sktest::Tally tally;
     tally.only = argc > 1 ? argv[1] : "";
+    const std::string name = sparsekern::kernels().name;
+    tally.phase = name == "avx512" ? 2 : name == "avx2" ? 1 : 0;
     sktest::run_linear_cases(tally);
     sktest::run_conv2d_cases(tally);
     std::printf("%lld checks passed, %lld failed\n", static_cast<long long>(tally.passed),
