@@ -323,44 +323,5 @@ void conv2d_dgrad(const Conv2dArgs &a, const float *dy, const float *values, flo
     run(g, values);
 }
 
-// temporary wgrad until conv2d_wgrad.cpp exists
-static int64_t at(const Conv2dArgs &a, int64_t n, int64_t c, int64_t y, int64_t x, int64_t cs, int64_t h, int64_t w) {
-    return a.channels_last ? ((n * h + y) * w + x) * cs + c : ((n * cs + c) * h + y) * w + x;
-}
-void conv2d_wgrad(const Conv2dArgs &a, const float *dy, const float *x, const uint8_t *element_mask, float *dvalues,
-                  float *dbias) {
-    const Layout &l = a.layout;
-    memset(dvalues, 0, sizeof(float) * size_t(l.capacity * l.bo * l.bi));
-    const int64_t og = a.o / l.groups, cg = a.c / l.groups;
-    for (int64_t row = 0; row < l.groups * l.rows; ++row)
-        for (int64_t slot = l.row_ptr[row]; slot < l.row_ptr[row + 1]; ++slot) {
-            const int64_t g = row / l.rows, tap = l.col[slot] / l.cols, ib = l.col[slot] % l.cols;
-            for (int64_t m = 0; m < l.bo && (row % l.rows) * l.bo + m < og; ++m)
-                for (int64_t k = 0; k < l.bi && ib * l.bi + k < cg; ++k) {
-                    const int64_t bit = m * l.bi + k;
-                    if (element_mask && !(element_mask[slot * ((l.bo * l.bi + 7) / 8) + bit / 8] >> (bit % 8) & 1))
-                        continue;
-                    float sum = 0;
-                    for (int64_t n = 0; n < a.n; ++n)
-                        for (int64_t p = 0; p < a.p; ++p)
-                            for (int64_t q = 0; q < a.q; ++q) {
-                                const int64_t y = p * a.stride_h + tap / a.s * a.dilation_h - a.pad_top;
-                                const int64_t xx = q * a.stride_w + tap % a.s * a.dilation_w - a.pad_left;
-                                if (y >= 0 && y < a.h && xx >= 0 && xx < a.w)
-                                    sum += dy[at(a, n, g * og + (row % l.rows) * l.bo + m, p, q, a.o, a.p, a.q)] *
-                                           x[at(a, n, g * cg + ib * l.bi + k, y, xx, a.c, a.h, a.w)];
-                            }
-                    dvalues[slot * l.bo * l.bi + bit] = sum;
-                }
-        }
-    for (int64_t o = 0; dbias && o < a.o; ++o) {
-        float sum = 0;
-        for (int64_t n = 0; n < a.n; ++n)
-            for (int64_t p = 0; p < a.p; ++p)
-                for (int64_t q = 0; q < a.q; ++q) sum += dy[at(a, n, o, p, q, a.o, a.p, a.q)];
-        dbias[o] = sum;
-    }
-}
-
 }  // namespace SK_ISA
 }  // namespace sparsekern

@@ -92,5 +92,86 @@ template <int L> static PixelTile pick_pixel_tile(int log_bm, int64_t vectors) {
 }
 constexpr int MAX_LOG_BM = REGISTERS == 32 ? 3 : 2;
 
+// wgrad, vectors along pixels: the sums over all pixels of dy[m] * x[c] for BM output channels and BC columns, a column
+// being an input channel under a tap. sums[m * BC + c]
+constexpr int DOT_TILE = REGISTERS == 32 ? 16 : 8;
+constexpr int MAX_LOG_DOT = REGISTERS == 32 ? 2 : 1;
+
+struct DotVector {
+    int32_t x, dy;  // offsets of L pixels in both copies
+};
+
+struct DotImages {
+    int64_t count, x, dy;  // images, and floats between them
+};
+
+template <int L, int BM, int BC = DOT_TILE / BM>
+static void dot_tile(const float *dy, int64_t dy_plane, const float *x, const int32_t *column, const DotVector *vector,
+                     const DotVector *end, DotImages images, float *sums) {
+    Vec<L> acc[BM * BC] = {};
+    const float *base[BC];
+    SK_UNROLL
+    for (int c = 0; c < BC; ++c) base[c] = x + column[c];
+    for (int64_t n = 0; n < images.count; ++n) {
+        for (const DotVector *v = vector; v < end; ++v) {
+            Vec<L> g[BM];
+            SK_UNROLL
+            for (int m = 0; m < BM; ++m) g[m] = load<L>(dy + m * dy_plane + v->dy);
+            SK_UNROLL
+            for (int c = 0; c < BC; ++c) {
+                const Vec<L> b = load<L>(base[c] + v->x);
+                SK_UNROLL
+                for (int m = 0; m < BM; ++m) acc[m * BC + c] += g[m] * b;
+            }
+        }
+        dy += images.dy;
+        SK_UNROLL
+        for (int c = 0; c < BC; ++c) base[c] += images.x;
+    }
+    SK_UNROLL
+    for (int i = 0; i < BM * BC; i += L) {
+        Vec<L> part[L];
+        SK_UNROLL
+        for (int j = 0; j < L; ++j) part[j] = acc[i + j];
+        store<L>(sums + i, sum_lanes<L>(part));
+    }
+}
+
+// wgrad, vectors along input channels: dw[m][k] += the outer products dy[m] * x[k] of every pixel.
+struct PixelBlock {
+    const float *data;
+    int64_t pixel, row, image;  // floats between them
+};
+
+template <int L, int BM, int VK>
+static void outer_tile(PixelBlock dy, PixelBlock x, int64_t images, int64_t rows, int64_t cols, float *dw, int64_t ld) {
+    Vec<L> acc[BM][VK];
+    SK_UNROLL
+    for (int m = 0; m < BM; ++m) {
+        SK_UNROLL
+        for (int k = 0; k < VK; ++k) acc[m][k] = load<L>(dw + m * ld + k * L);
+    }
+    for (int64_t n = 0; n < images; ++n)
+        for (int64_t i = 0; i < rows; ++i) {
+            const float *g = dy.data + n * dy.image + i * dy.row, *v = x.data + n * x.image + i * x.row;
+            for (int64_t j = 0; j < cols; ++j, g += dy.pixel, v += x.pixel) {
+                Vec<L> xv[VK];
+                SK_UNROLL
+                for (int k = 0; k < VK; ++k) xv[k] = load<L>(v + k * L);
+                SK_UNROLL
+                for (int m = 0; m < BM; ++m) {
+                    const Vec<L> b = broadcast<L>(g[m]);
+                    SK_UNROLL
+                    for (int k = 0; k < VK; ++k) acc[m][k] += b * xv[k];
+                }
+            }
+        }
+    SK_UNROLL
+    for (int m = 0; m < BM; ++m) {
+        SK_UNROLL
+        for (int k = 0; k < VK; ++k) store<L>(dw + m * ld + k * L, acc[m][k]);
+    }
+}
+
 }  // namespace SK_ISA
 }  // namespace sparsekern
