@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,11 @@ HOOKS = (
 )
 
 
+# In-place names end in one underscore; __iadd__ and its like, __setitem__ and property setters write too.
+_WRITES = re.compile(r"\w*[^_]_|__(i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)|setitem|set)__")
+_READS = ("requires_grad_", "retain_grad_")
+
+
 class _ReadOnlyWeight(Tensor):
     """The dense weight as :attr:`SparseModule.weight` hands it out: reads like any tensor, refuses in-place writes."""
 
@@ -32,19 +38,16 @@ class _ReadOnlyWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = name == "__setitem__" or name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-        if name.startswith("__i") and name[3:-2] in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor"):
-            writes = True
-        harmless = name in ("requires_grad_", "retain_grad_", "__set__") and name != "__set__"
-        if writes and not harmless and args and isinstance(args[0], cls):
+        target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        if isinstance(target, cls) and name not in _READS and (_WRITES.fullmatch(name) or "out" in kwargs):
             raise RuntimeError(
                 "sparsekern: `weight` of a sparse module is computed from `values`, so writing into it would be lost; "
                 "write into `layer.values` (the stored blocks), or use sparsekern.load_dense_state_dict / "
                 "`layer.load_dense_(weight)`"
             )
         result = super().__torch_function__(func, types, args, kwargs)
-        keep = name == "__get__" and func is Tensor.data.__get__  # type: ignore[attr-defined]
-        if isinstance(result, cls) and not keep and name != "detach":
+        alias = func == Tensor.data.__get__ or name == "detach"  # type: ignore[attr-defined]
+        if isinstance(result, cls) and not alias:
             return result.as_subclass(Tensor)
         return result
 
@@ -121,11 +124,12 @@ class SparseModule(nn.Module):
         """The dense weight, differentiable through ``values``. Materialised at every access; read-only."""
         return self.layout.to_dense(self.values).as_subclass(_ReadOnlyWeight)
 
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise AttributeError(
-            "sparsekern: `weight` of a sparse module is computed from `values`; use `layer.load_dense_(weight)` to load one"
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # nn.Module would register a Parameter past any property setter
+            raise AttributeError(
+                "sparsekern: `weight` of a sparse module is computed from `values`; use `layer.load_dense_(weight)`"
+            )
+        super().__setattr__(name, value)
 
     def load_dense_(self, weight: Tensor, *, rescale: bool = False) -> None:
         """Take the stored elements of a dense weight.

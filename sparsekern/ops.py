@@ -508,8 +508,12 @@ def sparse_conv2d(
         return y.squeeze(0)
     steps, spread = _pair(stride, "stride"), _pair(dilation, "dilation")
     pad = _padding4(padding, grid.kernel_size, steps, spread)
+    if min(*steps, *spread) < 1 or min(pad) < 0:
+        raise ValueError(
+            f"sparse_conv2d: expected positive stride and dilation and padding of 0 or more, got {steps}, {spread}, {pad}"
+        )
     p, q = ConvGeometry(steps, pad, spread).output_size(x.shape[2], x.shape[3], grid.kernel_size)
-    if min(*steps, *spread) < 1 or min(pad) < 0 or p < 1 or q < 1:
+    if p < 1 or q < 1:
         raise ValueError(
             f"sparse_conv2d: expected a positive output size, got {p}x{q} from input {x.shape[2]}x{x.shape[3]}, "
             f"kernel {grid.kernel_size}, stride {steps}, padding {pad}, dilation {spread}"
