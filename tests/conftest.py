@@ -1,0 +1,108 @@
+"""Fixtures and policies of the whole suite."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# With xdist every worker would otherwise start a pool of all cores.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and "cuda" not in DEVICES:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device of this machine in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A seeded CPU generator of the test's own."""
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """A test that changes the number of threads, the default dtype or the grad mode changes it for itself alone."""
+    yield
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real data sets; skips where SPARSEKERN_DATA does not name one."""
+    folder = os.environ.get("SPARSEKERN_DATA", "")
+    if not Path(folder).is_dir() or not folder:
+        pytest.skip("needs real data: set SPARSEKERN_DATA to its folder")
+    return Path(folder)
+
+
+def _poison(out: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        if out.is_floating_point() or out.is_complex():
+            return out.fill_(float("nan"))
+        return out.fill_(True if out.dtype == torch.bool else -7 if out.dtype.is_signed else 77)
+
+
+_poison_enabled = True
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = allocate(*args, **kwargs)
+        # While Dynamo traces, the condition is constant and only the plain call is seen.
+        if torch.compiler.is_compiling() or not _poison_enabled:
+            return out
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return _poison(out) if caller.partition(".")[0] == "sparsekern" else out
+
+    return wrapper
+
+
+# For the whole run, not per test: Dynamo remembers torch's functions by identity.
+for _owner, _names in (
+    (torch, ("empty", "empty_like", "empty_strided")),
+    (torch.Tensor, ("new_empty", "new_empty_strided")),
+):
+    for _name in _names:
+        setattr(_owner, _name, _poisoning(getattr(_owner, _name)))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory that the package allocates without initialising it holds NaN: an output left unwritten can't pass."""
+    global _poison_enabled
+    _poison_enabled = request.node.get_closest_marker("no_poison") is None
+    yield
+    _poison_enabled = True
