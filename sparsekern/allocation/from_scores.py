@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,54 +48,50 @@ def densities_from_scores(
         raise ValueError(f"scores: expected finite numbers, got NaN or infinity in {bad}; score in float64 or rescale")
     if costs is not None and (missing := [name for name in names if not costs.get(name, 0.0) > 0.0]):
         raise ValueError(f"costs: expected a positive cost for {missing}; give one for each layer")
-    sizes = torch.tensor([scores[name].numel() for name in names], dtype=torch.float64)
-    cost = sizes if costs is None else torch.tensor([float(costs[name]) for name in names], dtype=torch.float64)
-    budget = (1.0 - sparsity) * math.fsum(cost.tolist())
+    cost = {name: float(scores[name].numel() if costs is None else costs[name]) for name in names}
+    floor = {
+        name: min(1.0, (min_elements if isinstance(min_elements, int) else min_elements[name]) / scores[name].numel())
+        for name in names
+    }
+    budget = (1.0 - sparsity) * math.fsum(cost.values())
     if costs is None:
         budget = float(max(round(budget), 1))
-    floors = [min_elements if isinstance(min_elements, int) else min_elements[name] for name in names]
-    floor = (torch.tensor(floors, dtype=torch.float64) / sizes).clamp(max=1.0)
 
-    value, layer = _sorted(scores)
-    density = torch.zeros_like(sizes)
-    lifted = torch.zeros(len(names), dtype=torch.bool)
-    while not bool(lifted.all()):
-        rest = budget - float((floor * cost)[lifted].sum())
-        free = torch.where(lifted, 0.0, cost)
-        density = torch.where(lifted, floor, _above_threshold(value, layer, free / sizes, sizes, rest))
+    wide = any(score.dtype == torch.float64 for score in scores.values())
+    dtype = torch.float64 if wide else torch.float32
+    ascending = {name: np.sort(s.detach().flatten().to("cpu", dtype).numpy()) for name, s in scores.items()}
+    lifted: dict[str, float] = {}
+    while True:
+        free = [name for name in names if name not in lifted]
+        rest = budget - math.fsum(d * cost[name] for name, d in lifted.items())
+        density = _above_threshold({name: ascending[name] for name in free}, cost, rest)
         # The slack keeps a layer that sits on its minimum up to rounding from being taken out.
-        low = ~lifted & (density < floor * (1.0 - 1e-12))
-        if not bool(low.any()):
-            break
+        low = {name: floor[name] for name in free if density[name] < floor[name] * (1.0 - 1e-12)}
         lifted |= low
-    else:
-        density = floor
-    return dict(zip(names, density.clamp(max=1.0).tolist(), strict=True))
+        if not low:
+            density |= lifted
+            return {name: min(1.0, density[name]) for name in names}
 
 
-def _sorted(scores: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All scores in descending order, and the layer of each, on the CPU."""
-    flat = [score.detach().flatten().cpu() for score in scores.values()]
-    dtype = torch.float64 if any(f.dtype == torch.float64 for f in flat) else torch.float32
-    value, order = torch.cat([f.to(dtype) for f in flat]).sort(descending=True, stable=True)
-    lengths = torch.tensor([f.numel() for f in flat])
-    layer = torch.repeat_interleave(torch.arange(len(flat)), lengths)
-    return value, layer[order]
+def _above_threshold(ascending: Mapping[str, np.ndarray], cost: Mapping[str, float], budget: float) -> dict[str, float]:
+    """Densities when weights are taken by falling score until ``budget`` is spent; ties at the end share the rest."""
+    if budget <= 0.0 or not ascending:
+        return dict.fromkeys(ascending, 0.0)
 
+    def at_least(value: float) -> dict[str, float]:
+        # The threshold is rounded to the scores' type: comparing in a wider one would copy the whole array.
+        return {name: (s.size - int(np.searchsorted(s, s.dtype.type(value)))) / s.size for name, s in ascending.items()}
 
-def _above_threshold(value: Tensor, layer: Tensor, unit: Tensor, sizes: Tensor, budget: float) -> Tensor:
-    """Density per layer when weights of cost ``unit[layer]`` are taken in order until ``budget`` is spent."""
-    if budget <= 0.0:
-        return torch.zeros_like(sizes)
-    spent = unit[layer].cumsum(0)
-    # A hair below the budget: the sum of many units may fall short of it by rounding alone.
-    last = min(int(torch.searchsorted(spent, budget * (1.0 - 1e-12))), value.numel() - 1)
-    threshold = value[last]
+    def spent(density: Mapping[str, float]) -> float:
+        return math.fsum(d * cost[name] for name, d in density.items())
 
-    def per_layer(keep: Tensor) -> Tensor:
-        return torch.bincount(layer[keep], minlength=sizes.numel()).to(torch.float64)
-
-    above, ties = per_layer(value > threshold), per_layer(value == threshold)
-    tied = float((ties * unit).sum())
-    share = (budget - float((above * unit).sum())) / tied if tied else 0.0
-    return (above + min(max(share, 0.0), 1.0) * ties) / sizes
+    # Bisection down to neighbours: `low` ends on a score, the largest that spends the budget, `high` just above it.
+    low = min(float(s[0]) for s in ascending.values())
+    high = max(float(np.nextafter(s[-1], s.dtype.type(np.inf))) for s in ascending.values())
+    enough = budget * (1.0 - 1e-12)
+    while low < (middle := low + 0.5 * (high - low)) < high:
+        low, high = (middle, high) if spent(at_least(middle)) >= enough else (low, middle)
+    above, reached = at_least(high), at_least(low)
+    ties = spent(reached) - spent(above)
+    share = min(max((budget - spent(above)) / ties, 0.0), 1.0) if ties > 0.0 else 0.0
+    return {name: above[name] + share * (reached[name] - above[name]) for name in ascending}
