@@ -16,7 +16,9 @@ namespace SK_ISA {
 namespace {
 
 constexpr int HALF = LANES > 4 ? LANES / 2 : 4;
-constexpr int64_t PACK_ROWS = 16;  // batch rows packed at a time; dbias is summed by such chunks
+// Batch rows packed at a time; dbias is summed by such chunks. A leading dimension of a multiple of 1024 puts the same
+// column of all rows into one set of the L1 cache, which has 8 ways: 16 rows take twice as long.
+constexpr int64_t PACK_ROWS = 8;
 
 struct Gradient {
     const LinearArgs &a;
@@ -378,7 +380,9 @@ void linear_wgrad(const LinearArgs &a, const float *dy, int64_t lddy, const floa
     }
     const int threads = useful_threads(a.threads, a.m * (nnz * size + a.in_features + a.out_features));
     const bool outer = l.bo >= 4 && l.bi > 4;
-    const int64_t budget = (int64_t{1} << 19) / (a.in_features + a.out_features);  // floats of a tile of x and dy
+    // Tiles of x and dy share the L2 cache: 1 MB for outer products. A dot product pays one sum over lanes per tile,
+    // so those tiles are taller.
+    const int64_t budget = (int64_t{1} << (outer ? 18 : 19)) / (a.in_features + a.out_features);
     Gradient d{a, l, dy, lddy, x, ldx, dvalues, dbias, 0};
     d.tile = min64(round_up(a.m, LANES), max64(64, min64(512, round_up(budget, LANES))));
     if (outer)

@@ -194,8 +194,27 @@ SK_INLINE void transpose_in(const float *src, int64_t ld_src, int64_t rows, int6
     }
 }
 
+// Stores past the caches, for results larger than they are: saves reading each line before it is overwritten.
+// Needs 64-byte alignment; ends with stream_fence().
+SK_INLINE bool can_stream(const float *p, int64_t ld) {
+    return LANES == 16 && reinterpret_cast<uintptr_t>(p) % 64 == 0 && ld % 16 == 0;
+}
+SK_INLINE void stream(float *p, Vec<LANES> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, v);
+#else
+    store<LANES>(p, v);
+#endif
+}
+SK_INLINE void stream_fence() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // dst[r * ld_dst + c] = src[c * ld_src + r] for rows x cols of dst; src is readable up to the next multiple of LANES
-// in r.
+// in r. STREAM: whole vectors are stored by stream(); dst and ld_dst must allow it.
+template <bool STREAM = false>
 SK_INLINE void transpose_out(const float *src, int64_t ld_src, int64_t rows, int64_t cols, float *dst, int64_t ld_dst) {
     for (int64_t r = 0; r < rows; r += LANES) {
         const int64_t height = rows - r < LANES ? rows - r : LANES;
@@ -209,7 +228,8 @@ SK_INLINE void transpose_out(const float *src, int64_t ld_src, int64_t rows, int
                 for (int i = 0; i < LANES; ++i) t[i] = load<LANES>(s + (c + i) * ld_src);
                 transpose(t);
                 SK_UNROLL
-                for (int i = 0; i < LANES; ++i) store<LANES>(d + i * ld_dst + c, t[i]);
+                for (int i = 0; i < LANES; ++i)
+                    STREAM ? stream(d + i * ld_dst + c, t[i]) : store<LANES>(d + i * ld_dst + c, t[i]);
             }
         }
         for (; c < cols; c += LANES) {
