@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from sparsekern.models.vit import fitting_patch
 from sparsekern.nn import SparseConv2d, SparseLinear
 
 EXAMPLES = [name for family in FAMILIES for name in family.examples]
+ONE_OF_EACH = "mlp lenet-300-100 vgg16 vgg-c resnet20 resnet18 resnet50 wrn-16-4 vit-tiny".split()
 IMAGENET = {"num_classes": 1000, "in_shape": (3, 224, 224)}
 
 
@@ -81,14 +84,14 @@ def test_shortcuts_only_where_the_shape_changes():
 
 
 @pytest.mark.parametrize("in_shape", [(1, 8, 8), (1, 28, 28), (3, 64, 64), (3, 96, 96)])
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_forward_shape(name, in_shape):
     net = on_meta(name, num_classes=7, in_shape=in_shape)
     assert net(torch.empty(2, *in_shape, device="meta")).shape == (2, 7)
 
 
 @pytest.mark.parametrize("in_shape", [(1, 28, 28), (3, 32, 32)])
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in ("resnet110", "resnet101", "wrn-40-4")])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_backward_reaches_every_parameter(name, in_shape):
     torch.manual_seed(0)
     net = models.build(name, in_shape=in_shape, width=0.125)
@@ -164,7 +167,7 @@ def test_width_scales_every_hidden_width(name):
 def test_scaled_is_monotone_in_steps_of_one():
     widths = [scaled(64, i / 1000) for i in range(1, 1500)]
     assert widths[0] == 1 and set(widths) == set(range(1, 97))
-    assert all(b - a in (0, 1) for a, b in zip(widths, widths[1:]))
+    assert all(b - a in (0, 1) for a, b in pairwise(widths))
 
 
 def test_kaiming_over_the_dense_fan_in():
@@ -297,7 +300,7 @@ def test_match_macs_within_two_percent(name, share):
 
 def test_match_macs_takes_the_nearest_step():
     options = {"num_classes": 3, "in_shape": (1, 8, 8)}
-    costs = {scaled(10, w / 100): macs_at("mlp-10", w / 100, **options) for w in range(1, 300)}
+    costs = {scaled(10, w / 100): macs_at("mlp-10", w / 100, **options) for w in range(5, 200, 10)}
     for target in (70, 100, 333, 670, 999):
         _, net = models.match_macs("mlp-10", target, **options)
         found = sum(models.count_macs(net, torch.zeros(1, 1, 8, 8)).values())
