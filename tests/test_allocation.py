@@ -491,6 +491,13 @@ def test_bigger_blocks_settle_first():
     assert counts == {"fine": 410 + 102, "coarse": 4}
 
 
+def test_remainders_weigh_by_the_elements_of_a_block():
+    grids = {"coarse": BlockGrid((320, 320), 16), "fine": BlockGrid((160, 160), 8)}  # 400 blocks each
+    # 40.45 blocks of 256 and 40.48 of 64: 145.9 elements are missing after rounding, 115.2 of them coarse. The coarse
+    # layer rounds up and the fine one gives two blocks back; 18 elements stay missing.
+    assert block_counts({"coarse": 40.45 / 400, "fine": 40.48 / 400}, grids) == {"coarse": 41, "fine": 38}
+
+
 def test_small_layers_get_one_block_and_the_others_pay():
     """ERK at 95 % with 16x16 blocks on a CIFAR ResNet: the stage-1 layers have 9 blocks in all."""
     shapes = shapes_of(cifar_resnet(20))

@@ -137,6 +137,14 @@ def test_minimum_per_row_and_column(grid, density, min_row, min_col):
         assert int(cols_of(mask).min()) >= min(min_col, taps * rows)
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (4, 6), (9, 6), (4, 4, 1, 3)])
+def test_minimum_of_three_with_no_block_to_spare(shape):
+    grid = BlockGrid(shape, 1)
+    for seed in range(5):
+        mask = one(grid, 3 * max(shape[:2]), seed=seed, min_per_row=3, min_per_col=3)
+        assert int(rows_of(mask).min()) >= 3 and int(cols_of(mask).min()) >= 3
+
+
 def test_minimum_with_too_few_blocks_reaches_as_many_rows_as_it_can():
     grid = BlockGrid((10, 6), 1)
     mask = one(grid, 5, min_per_row=1, min_per_col=1)
