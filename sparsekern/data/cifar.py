@@ -150,7 +150,8 @@ def _get(batch: Any, key: bytes) -> Any:
 def _read_npz(path: Path, split: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], tuple[str, ...]] | None:
     """Arrays and class names of one split, None if the file has none of it."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: np.load leaves the file open when it is no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             if f"{split}_images" not in archive.files:
                 return None
             images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
