@@ -1,34 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and dgrad: one gather over the stored blocks of a block row, or of a block column with the transposed index.
+#include <cstdlib>
 #include <cstring>
 
-#include "conv2d_geometry.h"
-#include "conv2d_tiles.h"
+#include "conv2d_gather.h"
 
 namespace sparsekern {
 namespace SK_ISA {
 namespace {
 
-// out[m] = bias[m] + sum over the entries of a row of weights[slot][k][m] * in[k], shifted by tap.
-struct Gather {
-    const Conv2dArgs &args;
-    bool flipped;
-    Dim h, w;
-    Image<const float> in;
-    Image<float> out;
-    int64_t rows, cols;        // block rows and columns of one group
-    int64_t bm, bk;            // block: output x input channels
-    int64_t out_per_group, in_per_group;
-    const int32_t *ptr, *index, *perm;
-    Weights weights;
-    const float *bias;
-
-    int64_t slot(int64_t entry) const { return perm ? perm[entry] : entry; }
-    int64_t phases() const { return h.out_phases * w.out_phases; }
-};
-
 // Floats of one tile's copy of the input that leave room in a 1 MB L2 cache for the output and the weights.
 constexpr int64_t WINDOW_BUDGET = 160 * 1024;
+constexpr int64_t MAX_IMAGES = 8;  // of one task
 
 void choose_tile(Dim &h, Dim &w, int64_t channels, int64_t images, int threads) {
     const auto size = [&] { return channels * h.in_phases * w.in_phases * h.extent() * w.extent(); };
@@ -41,87 +24,29 @@ void choose_tile(Dim &h, Dim &w, int64_t channels, int64_t images, int threads) 
     }
 }
 
-// Lists of one block row: [phase][entries by tap], and for each phase where each tap row starts.
-struct Lists {
-    const Entry *entries;
-    const int32_t *start;  // [phases][taps_h + 1], into entries
-};
-
-void build_lists(const Gather &g, const Window &window, int64_t row, Entry *entries, int32_t *start) {
-    int32_t count = 0;
-    const int64_t first = g.ptr[row], last = g.ptr[row + 1];
-    for (int64_t fh = 0; fh < g.h.out_phases; ++fh)
-        for (int64_t fw = 0; fw < g.w.out_phases; ++fw) {
-            int64_t e = first;
-            for (int64_t r = 0; r < g.h.taps; ++r) {
-                *start++ = count;
-                const bool skip = g.h.out_phase(r) != fh;
-                for (; e < last && g.index[e] < (r + 1) * g.w.taps * g.cols; ++e) {
-                    const int64_t s = g.index[e] / g.cols % g.w.taps, block = g.index[e] % g.cols;
-                    if (skip || g.w.out_phase(s) != fw) continue;
-                    const int64_t x = window.unit == 1 ? block * g.bk * window.group : block * window.group;
-                    entries[count++] = {int32_t(x + window.tap(g.h, g.w, r, s)), int32_t(g.slot(e)),
-                                        int32_t(min64(g.bk, g.in_per_group - block * g.bk))};
-                }
-            }
-            *start++ = count;
-        }
+bool use_channels(const Gather &g) {
+    if (g.bm % LANES != 0) return false;
+    if (const char *e = getenv("SK_R")) return *e == '1' && (g.out.channels_last || g.w.out_phases == 1);
+    return g.out.channels_last || (g.w.out_phases == 1 && g.w.grid < 16);
 }
 
-// Rows of a tile that see the same tap rows: at the image's edge a tap row that reads only padding is left out.
-struct Band {
-    int64_t begin, end;  // of the tile's pixel vectors
-    int64_t tap0, tap1;
-};
-
-// What a tile and a phase have in common for all block rows and images.
-struct TilePlan {
-    PixelVector *pixels;
-    Band *bands;
-    int64_t band_count, height, width;
-};
-
-struct Task {
-    int64_t group, image, images, top, left, row0, row1;
-};
-
-void plan_tile(const Gather &g, const Task &task, int64_t fh, int64_t fw, int lanes, int64_t y_row, bool exact,
-               TilePlan &plan) {
-    plan.height = min64(g.h.tile, g.h.out_count(fh) - task.top);
-    plan.width = min64(g.w.tile, g.w.out_count(fw) - task.left);
-    plan.band_count = 0;
-    const int64_t pitch = g.w.extent();
-    int64_t count = 0;
-    for (int64_t i = 0; i < plan.height && plan.width > 0; ++i) {
-        int64_t tap0 = g.h.taps, tap1 = 0;
-        for (int64_t r = 0; r < g.h.taps; ++r)
-            if (g.h.out_phase(r) == fh && g.h.inside(r, task.top + i)) tap0 = min64(tap0, r), tap1 = r + 1;
-        if (tap0 > tap1) tap0 = tap1;
-        Band *band = plan.bands + plan.band_count;
-        if (i == 0 || band[-1].tap0 != tap0 || band[-1].tap1 != tap1) {
-            *band = {count, count, tap0, tap1};
-            ++plan.band_count;
-        }
-        for (int64_t j = 0; j < plan.width; j += lanes)
-            plan.pixels[count++] = {i * y_row + j, int32_t(i * pitch + j),
-                                    int32_t(exact ? min64(lanes, plan.width - j) : lanes)};
-        plan.bands[plan.band_count - 1].end = count;
-    }
+// Vectors of 8 pixels where they waste fewer lanes than full ones.
+int choose_lanes(int64_t width) {
+    return LANES == 16 && round_up(width, 8) < round_up(width, 16) ? 8 : LANES;
 }
 
-// The block row's channels at every pixel of the tile.
+// Vectors along pixels: the block row's channels at every pixel of the tile.
 template <int L>
-void run_row(const Gather &g, const TilePlan &plan, const Lists &lists, const float *x, int64_t x_plane,
-             const float *bias, int64_t channels, float *y, int64_t y_plane) {
+void run_vectors(const Gather &g, const TilePlan &plan, const Entry *entries, const int32_t *start, const float *x,
+                 int64_t x_plane, const float *bias, int64_t channels, float *y, int64_t y_plane) {
     for (int64_t b = 0; b < plan.band_count; ++b) {
-        const Band &band = plan.bands[b];
-        const Entry *entry = lists.entries + lists.start[band.tap0], *end = lists.entries + lists.start[band.tap1];
+        const Span &band = plan.bands[b];
+        const Entry *entry = entries + start[band.tap0], *end = entries + start[band.tap1];
         int64_t m = 0;
         for (int log_bm = MAX_LOG_BM; log_bm >= 0; --log_bm) {
             const int64_t step = int64_t{1} << log_bm;
             if (channels - m < step) continue;
-            const int64_t stop = m + (channels - m) / step * step;
-            const int64_t count = band.end - band.begin;
+            const int64_t stop = m + (channels - m) / step * step, count = band.end - band.begin;
             const int64_t tiles = ceil_div(count, PIXEL_VECTORS[log_bm]);
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t v0 = band.begin + count * t / tiles, v1 = band.begin + count * (t + 1) / tiles;
@@ -135,133 +60,185 @@ void run_row(const Gather &g, const TilePlan &plan, const Lists &lists, const fl
     }
 }
 
-void pack_weights(const Layout &l, const float *values, int64_t slot, float *packed) {
-    transpose_any(values + slot * l.bo * l.bi, l.bi, l.bo, l.bi, packed + slot * l.bo * l.bi, l.bo);
-}
-
-// Vectors of 8 pixels where they waste fewer lanes than full ones.
-int choose_lanes(int64_t width) {
-    return LANES == 16 && round_up(width, 8) < round_up(width, 16) ? 8 : LANES;
-}
-
-// Writes a tile of planes [channel][height][width] to one phase of the output.
-void copy_out(const Gather &g, const float *planes, int64_t plane, const TilePlan &plan, int64_t n, int64_t channel,
-              int64_t channels, int64_t top, int64_t left, int64_t fh, int64_t fw) {
-    const int64_t x = left * g.w.out_phases + fw;
-    const bool whole_rows = g.w.out_phases == 1 && g.h.out_phases == 1 && plan.width == g.w.out_size;
-    if (g.out.channels_last) {
-        const int64_t chunk = whole_rows ? plan.height * plan.width : plan.width;
-        for (int64_t i = 0; i * chunk < plan.height * plan.width; ++i)
-            transpose_any(planes + i * chunk, plane, channels, chunk,
-                          g.out.at(n, channel, (top + i) * g.h.out_phases + fh, x), g.out.c * g.w.out_phases);
-        return;
+template <int VM>
+void run_line(const Gather &g, const PixelLine &line, const Entry *entry, const Entry *end, const float *x,
+              const float *bias, int64_t m, int64_t channels, float *y) {
+    const int64_t tiles = ceil_div(line.count, CHANNEL_PIXELS[VM]);
+    for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t p0 = line.count * t / tiles, p1 = line.count * (t + 1) / tiles;
+        pick_channel_tile<LANES, VM>(p1 - p0)(entry, end, x + line.x + p0 * line.x_step, line.x_step,
+                                              {g.weights.data + m, g.weights.block, g.weights.ld},
+                                              bias ? bias + m : nullptr, channels - m,
+                                              y + line.y + p0 * line.y_step + m, line.y_step);
     }
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < plan.height; ++i) {
-            float *y = g.out.at(n, channel + c, (top + i) * g.h.out_phases + fh, x);
-            const float *p = planes + c * plane + i * plan.width;
-            for (int64_t j = 0; j < plan.width; ++j) y[j * g.w.out_phases] = p[j];
-        }
+}
+
+// Vectors along channels: the block row's channels at every pixel of the tile.
+void run_lines(const Gather &g, const TilePlan &plan, const Entry *entries, const int32_t *start,
+               int64_t starts_per_list, const float *x, const float *bias, int64_t channels, float *y) {
+    for (int64_t i = 0; i < plan.line_count; ++i) {
+        const PixelLine &line = plan.lines[i];
+        const int32_t *list = start + line.list * starts_per_list;
+        const Entry *entry = entries + list[line.tap0], *end = entries + list[line.tap1];
+        int64_t m = 0;
+        for (; m + LANES < channels; m += 2 * LANES) run_line<2>(g, line, entry, end, x, bias, m, channels, y);
+        if (m < channels) run_line<1>(g, line, entry, end, x, bias, m, channels, y);
+    }
+}
+
+// Where the kernels write: the output itself, or a buffer that is copied to it when a tile is done: planes [image]
+// [channel][pixel] for vectors along pixels, pixels [image][pixel][channel] for vectors along channels.
+struct Target {
+    bool direct;
+    int64_t ld, image;  // floats between planes or pixels, and between images
+
+    Target(const Gather &g, int64_t channels) {
+        const int64_t area = g.h.tile * g.w.tile;
+        direct = g.by_channels ? g.out.channels_last : !g.out.channels_last && g.w.out_phases == 1;
+        // Vectors overhang a row of planes; the next row, written later, and LANES floats of slack take it.
+        ld = direct ? (g.by_channels ? g.out.c : g.out.h * g.out.w)
+                    : (g.by_channels ? channels + 16 : round_up(area + LANES, 16));
+        image = direct ? 0 : (g.by_channels ? area * ld : channels * ld);
+    }
+};
+
+void copy_out(const Gather &g, const Target &target, const float *buffer, const TilePlan &plan, const Task &task,
+              int64_t n, int64_t fh, int64_t fw) {
+    const int64_t channel = task.group * g.out_per_group + task.row0 * g.bm;
+    const int64_t channels = min64(g.out_per_group, task.row1 * g.bm) - task.row0 * g.bm;
+    const int64_t x = task.left * g.w.out_phases + fw;
+    const bool whole = g.w.out_phases == 1 && g.h.out_phases == 1 && plan.width == g.w.out_size;
+    const int64_t chunk = whole ? plan.height * plan.width : plan.width;
+    const auto at = [&](int64_t c, int64_t i) { return g.out.at(n, channel + c, (task.top + i) * g.h.out_phases + fh, x); };
+    for (int64_t i = 0; i * chunk < plan.height * plan.width; ++i) {
+        if (g.by_channels)
+            transpose_any(buffer + i * chunk * target.ld, target.ld, chunk, channels, at(0, i), g.out.h * g.out.w);
+        else if (g.out.channels_last)
+            transpose_any(buffer + i * chunk, target.ld, channels, chunk, at(0, i), g.out.c * g.w.out_phases);
+        else
+            for (int64_t c = 0; c < channels; ++c) {
+                float *y = at(c, i);
+                const float *p = buffer + c * target.ld + i * chunk;
+                for (int64_t j = 0; j < chunk; ++j) y[j * g.w.out_phases] = p[j];
+            }
+    }
 }
 
 struct Workspace {
-    float *window, *planes;
-    PixelVector *pixels;
-    Band *bands;
+    float *window, *buffer;
+    TilePlan plan;
     int64_t zeroed_for = -1;  // the tile whose padding `window` holds
 };
 
-void run_task(const Gather &g, const Task &task, const Window &window, const Entry *entries, const int32_t *starts,
-              Workspace &space) {
+void run_phase(const Gather &g, const Task &task, const Window &window, const Columns *columns, const Lists &lists,
+               const Target &target, int64_t fh, int64_t fw, Workspace &space) {
+    TilePlan &plan = space.plan;
+    plan.height = min64(g.h.tile, g.h.out_count(fh) - task.top);
+    plan.width = min64(g.w.tile, g.w.out_count(fw) - task.left);
+    if (plan.height <= 0 || plan.width <= 0) return;
+    plan.band_count = cut_spans(g.h, fh, task.top, plan.height, plan.bands, plan.height);
+    const int64_t width = target.direct ? g.out.w * g.h.out_phases : plan.width;
+    const int64_t step = target.direct ? g.w.out_phases : 1;
+    if (g.by_channels)
+        plan_lines(task, columns[fw], window.pitch, window.unit, width * target.ld, step * target.ld, plan);
+    else
+        plan_vectors(g, task, width, target.direct, plan);
+
+    const int64_t channel = task.group * g.out_per_group;
+    for (int64_t row = task.row0; row < task.row1; ++row) {
+        const int64_t global = task.group * g.rows + row, channels = min64(g.bm, g.out_per_group - row * g.bm);
+        const Entry *entries = lists.row_entries(g, global);
+        const int32_t *start = lists.list(g, global, fh * g.w.out_phases + fw, 0);
+        const float *bias = g.bias ? g.bias + channel + row * g.bm : nullptr;
+        for (int64_t n = 0; n < task.images; ++n) {
+            const float *x = space.window + n * window.image;
+            float *y = target.direct ? g.out.at(task.image + n, channel + row * g.bm, task.top * g.h.out_phases + fh,
+                                                task.left * g.w.out_phases + fw)
+                                     : space.buffer + n * target.image +
+                                           (row - task.row0) * g.bm * (g.by_channels ? 1 : target.ld);
+            if (g.by_channels)
+                run_lines(g, plan, entries, start, lists.starts_per_list, x, bias, channels, y);
+            else if (g.lanes == LANES)
+                run_vectors<LANES>(g, plan, entries, start, x, window.group, bias, channels, y, target.ld);
+            else
+                run_vectors<LANES == 16 ? 8 : LANES>(g, plan, entries, start, x, window.group, bias, channels, y,
+                                                     target.ld);
+        }
+    }
+    for (int64_t n = 0; !target.direct && n < task.images; ++n)
+        copy_out(g, target, space.buffer + n * target.image, plan, task, task.image + n, fh, fw);
+}
+
+void run_task(const Gather &g, const Task &task, const Window &window, const Columns *columns, const Lists &lists,
+              const Target &target, Workspace &space, int64_t images) {
     const int64_t tile_key = task.top * (g.w.grid + 1) + task.left;
     if (space.zeroed_for != tile_key) {
-        memset(space.window, 0, sizeof(float) * size_t(window.image * task.images));
+        memset(space.window, 0, sizeof(float) * size_t(window.image * images));
         space.zeroed_for = tile_key;
     }
     for (int64_t n = 0; n < task.images; ++n)
         copy_in(g.in, task.image + n, task.group * g.in_per_group, g.in_per_group, g.h, g.w, task.top, task.left,
                 window, space.window + n * window.image);
-
-    const bool direct = !g.out.channels_last && g.w.out_phases == 1;
-    const int64_t starts_per_phase = g.h.taps + 1, starts_per_row = g.phases() * starts_per_phase;
-    TilePlan plan{space.pixels, space.bands, 0, 0, 0};
     for (int64_t fh = 0; fh < g.h.out_phases; ++fh)
-        for (int64_t fw = 0; fw < g.w.out_phases; ++fw) {
-            const int lanes = choose_lanes(g.w.tile);
-            const int64_t width = min64(g.w.tile, g.w.out_count(fw) - task.left);
-            plan_tile(g, task, fh, fw, lanes, direct ? g.out.w * g.h.out_phases : width, direct, plan);
-            if (plan.band_count == 0) continue;
-            // Vectors overhang a row of planes; the next row, written later, and LANES floats of slack take it.
-            const int64_t y_plane = direct ? g.out.h * g.out.w : round_up(plan.height * plan.width + LANES, 16);
-            for (int64_t row = task.row0; row < task.row1; ++row) {
-                const int64_t global = task.group * g.rows + row, phase = fh * g.w.out_phases + fw;
-                const Lists lists{entries + g.ptr[global], starts + global * starts_per_row + phase * starts_per_phase};
-                const int64_t channel = task.group * g.out_per_group + row * g.bm;
-                const int64_t channels = min64(g.bm, g.out_per_group - row * g.bm);
-                for (int64_t n = 0; n < task.images; ++n) {
-                    const float *x = space.window + n * window.image;
-                    float *y = direct ? g.out.at(task.image + n, channel, task.top * g.h.out_phases + fh, task.left)
-                                      : space.planes + (n * (task.row1 - task.row0) + row - task.row0) * g.bm * y_plane;
-                    const auto run = lanes == LANES ? &run_row<LANES> : &run_row<LANES == 16 ? 8 : LANES>;
-                    run(g, plan, lists, x, window.group, g.bias ? g.bias + channel : nullptr, channels, y, y_plane);
-                }
-            }
-            if (direct) continue;
-            const int64_t channel = task.row0 * g.bm;
-            const int64_t channels = min64(g.out_per_group, task.row1 * g.bm) - channel;
-            for (int64_t n = 0; n < task.images; ++n)
-                copy_out(g, space.planes + n * (task.row1 - task.row0) * g.bm * y_plane, y_plane, plan, task.image + n,
-                         task.group * g.out_per_group + channel, channels, task.top, task.left, fh, fw);
-        }
+        for (int64_t fw = 0; fw < g.w.out_phases; ++fw)
+            run_phase(g, task, window, columns, lists, target, fh, fw, space);
 }
 
 void run(Gather &g, const float *values) {
     const Layout &l = g.args.layout;
     const int64_t n = g.args.n;
     if (n == 0 || g.out.c == 0 || g.h.out_size == 0 || g.w.out_size == 0) return;
-    const int64_t work = n * l.nnz() * l.bo * l.bi * g.h.grid * g.w.grid;
-    const int threads = useful_threads(g.args.threads, work);
+    const int threads = useful_threads(g.args.threads, n * l.nnz() * l.bo * l.bi * g.h.grid * g.w.grid);
     choose_tile(g.h, g.w, g.in_per_group, n * l.groups, threads);
-    const Window window(g.h, g.w, g.in_per_group, 1);
+    g.by_channels = use_channels(g);
+    g.lanes = choose_lanes(g.w.tile);
+    const Window window(g.h, g.w, g.in_per_group, g.by_channels ? g.bk : 1);
 
     const int64_t tiles = g.h.tiles() * g.w.tiles();
     const int64_t room = tiles == 1 ? WINDOW_BUDGET / window.image : 1;
-    const int64_t images = max64(1, min64(min64(room, 8), n / (4 * threads)));
+    const int64_t images = max64(1, min64(min64(room, MAX_IMAGES), n / (4 * threads)));
     const int64_t batches = ceil_div(n, images), units = tiles * l.groups * batches;
     // Fewer tiles than threads: share the block rows, at the price of each thread copying the input.
     const int64_t shares = units < threads ? min64(g.rows, ceil_div(2 * threads, units)) : 1;
     const int64_t share = ceil_div(g.rows, shares);
 
+    Scratch<Columns> columns(g.w.out_phases);
+    int64_t spans = 1;
+    for (int64_t fw = 0; fw < g.w.out_phases; ++fw) {
+        columns[fw].count = cut_spans(g.w, fw, 0, g.w.out_count(fw), columns[fw].spans,
+                                      g.by_channels ? MAX_COLUMN_SPANS : 0);
+        spans = max64(spans, columns[fw].count);
+    }
+    const int64_t starts_per_list = g.h.taps + 1;
+    Scratch<Entry> entries(l.nnz() * spans);
+    Scratch<int32_t> starts(l.groups * g.rows * g.phases() * spans * starts_per_list);
+    const Lists lists{entries.get(), starts.get(), spans, starts_per_list};
+
+    const Target target(g, share * g.bm);
+    const int64_t window_size = images * window.image, buffer_size = images * target.image;
+    const int64_t vectors = g.by_channels ? 0 : g.h.tile * ceil_div(g.w.tile, g.lanes);
+    const int64_t lines = g.by_channels ? MAX_COLUMN_SPANS * g.h.tile : 0;
+    Scratch<float> buffers(threads * (window_size + buffer_size));
+    Scratch<PixelVector> all_pixels(threads * vectors);
+    Scratch<PixelLine> all_lines(threads * lines);
+    Scratch<Span> bands(threads * g.h.tile);
     Scratch<float> packed(g.flipped ? 0 : l.nnz() * l.bo * l.bi);
-    Scratch<Entry> entries(l.nnz());
-    Scratch<int32_t> starts(l.groups * g.rows * g.phases() * (g.h.taps + 1));
-    const int64_t plane = round_up(g.h.tile * g.w.tile + LANES, 16);
-    const bool direct = !g.out.channels_last && g.w.out_phases == 1;
-    const int64_t plane_size = direct ? 0 : images * share * g.bm * plane;
-    const int64_t vectors = g.h.tile * ceil_div(g.w.tile, min64(LANES, 8));
-    Scratch<float> windows(threads * (images * window.image + plane_size));
-    Scratch<PixelVector> pixels(threads * vectors);
-    Scratch<Band> bands(threads * g.h.tile);
-    if (g.flipped)
-        g.weights = {values, l.bo * l.bi, l.bi};
-    else
-        g.weights = {packed.get(), l.bo * l.bi, l.bo};
+    g.weights = {g.flipped ? values : packed.get(), l.bo * l.bi, g.bm};
 
     Counter counter;
     parallel(threads, [&](const Team &team) {
         const int64_t rows = l.groups * g.rows;
         for (int64_t row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; ++row) {
-            build_lists(g, window, row, entries.get() + g.ptr[row],
-                        starts.get() + row * g.phases() * (g.h.taps + 1));
-            if (!g.flipped)
-                for (int64_t slot = g.ptr[row]; slot < g.ptr[row + 1]; ++slot)
-                    pack_weights(l, values, slot, packed.get());
+            build_lists(g, window, columns.get(), row, lists);
+            for (int64_t slot = g.ptr[row]; !g.flipped && slot < g.ptr[row + 1]; ++slot)
+                transpose_any(values + slot * l.bo * l.bi, l.bi, l.bo, l.bi, packed.get() + slot * l.bo * l.bi, l.bo);
         }
         team.barrier();
-        Workspace space{windows.get() + team.rank * (images * window.image + plane_size), nullptr,
-                        pixels.get() + team.rank * vectors, bands.get() + team.rank * g.h.tile};
-        space.planes = space.window + images * window.image;
-        memset(space.window, 0, sizeof(float) * size_t(images * window.image));
+        Workspace space{buffers.get() + team.rank * (window_size + buffer_size),
+                        buffers.get() + team.rank * (window_size + buffer_size) + window_size,
+                        {all_pixels.get() + team.rank * vectors, all_lines.get() + team.rank * lines,
+                         bands.get() + team.rank * g.h.tile, 0, 0, 0, 0},
+                        -1};
         for (int64_t t = counter.take(); t < units * shares; t = counter.take()) {
             const int64_t row0 = t % shares * share, unit = t / shares;
             const int64_t batch = unit % batches, group = unit / batches % l.groups, tile = unit / batches / l.groups;
@@ -272,7 +249,7 @@ void run(Gather &g, const float *values) {
                             tile % g.w.tiles() * g.w.tile,
                             row0,
                             min64(g.rows, row0 + share)};
-            if (task.row0 < task.row1) run_task(g, task, window, entries.get(), starts.get(), space);
+            if (task.row0 < task.row1) run_task(g, task, window, columns.get(), lists, target, space, images);
         }
     });
 }
@@ -297,7 +274,9 @@ void conv2d_forward(const Conv2dArgs &a, const float *x, const float *values, co
              l.col,
              nullptr,
              {},
-             bias};
+             bias,
+             false,
+             0};
     run(g, values);
 }
 
@@ -319,7 +298,9 @@ void conv2d_dgrad(const Conv2dArgs &a, const float *dy, const float *values, flo
              l.t_row,
              l.t_perm,
              {},
-             nullptr};
+             nullptr,
+             false,
+             0};
     run(g, values);
 }
 

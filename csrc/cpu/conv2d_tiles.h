@@ -4,6 +4,7 @@
 #pragma once
 
 #include "simd.h"
+#include "threads.h"
 
 namespace sparsekern {
 namespace SK_ISA {
@@ -91,6 +92,68 @@ template <int L> static PixelTile pick_pixel_tile(int log_bm, int64_t vectors) {
     }
 }
 constexpr int MAX_LOG_BM = REGISTERS == 32 ? 3 : 2;
+
+// A line of pixels with the same taps, and where its lists start.
+struct PixelLine {
+    int64_t y, y_step;  // offset of the first pixel in the output, floats to the next
+    int64_t x, x_step;  // the same in the copy of the input
+    int64_t count;
+    int64_t list, tap0, tap1;
+};
+
+// VM vectors of output channels x PX pixels: vectors of weights times broadcast pixels. Blocks a multiple of L high;
+// input by channel blocks. Only the first `channels` are stored.
+template <int L, int VM, int PX>
+static void channel_tile(const Entry *entry, const Entry *end, const float *x, int64_t x_step, Weights weights,
+                         const float *bias, int64_t channels, float *y, int64_t y_step) {
+    Vec<L> acc[PX][VM];
+    SK_UNROLL
+    for (int v = 0; v < VM; ++v) {
+        const Vec<L> init = bias ? load_partial<L>(bias + v * L, max64(0, min64(L, channels - v * L))) : Vec<L>{};
+        SK_UNROLL
+        for (int p = 0; p < PX; ++p) acc[p][v] = init;
+    }
+    for (; entry < end; ++entry) {
+        const float *w = weights.data + entry->slot * weights.block, *in = x + entry->x;
+        for (int64_t k = 0; k < entry->depth; ++k, ++in, w += weights.ld) {
+            Vec<L> wv[VM];
+            SK_UNROLL
+            for (int v = 0; v < VM; ++v) wv[v] = load<L>(w + v * L);
+            SK_UNROLL
+            for (int p = 0; p < PX; ++p) {
+                const Vec<L> b = broadcast<L>(in[p * x_step]);
+                SK_UNROLL
+                for (int v = 0; v < VM; ++v) acc[p][v] += b * wv[v];
+            }
+        }
+    }
+    if (channels >= VM * L) {
+        SK_UNROLL
+        for (int p = 0; p < PX; ++p) {
+            SK_UNROLL
+            for (int v = 0; v < VM; ++v) store<L>(y + p * y_step + v * L, acc[p][v]);
+        }
+        return;
+    }
+    SK_UNROLL
+    for (int p = 0; p < PX; ++p) {
+        SK_UNROLL
+        for (int v = 0; v < VM; ++v)
+            store_partial<L>(y + p * y_step + v * L, acc[p][v], max64(0, min64(L, channels - v * L)));
+    }
+}
+
+using ChannelTile = decltype(&channel_tile<4, 1, 1>);
+
+// Most pixels of a tile of 1 and 2 vectors of channels.
+constexpr int CHANNEL_PIXELS[3] = {0, REGISTERS == 32 ? 14 : 12, REGISTERS == 32 ? 12 : 6};
+
+template <int L, int VM, int PX = CHANNEL_PIXELS[VM]> static ChannelTile pick_channel_tile(int64_t pixels) {
+    if constexpr (PX <= 1)
+        return &channel_tile<L, VM, 1>;
+    else
+        return pixels >= PX ? &channel_tile<L, VM, PX> : pick_channel_tile<L, VM, PX - 1>(pixels);
+}
 
 // wgrad, vectors along pixels: the sums over all pixels of dy[m] * x[c] for BM output channels and BC columns, a column
 // being an input channel under a tap. sums[m * BC + c]
