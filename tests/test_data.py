@@ -306,10 +306,6 @@ class Call:
         return self.call
 
 
-def touched(path):
-    open(path, "w").close()
-
-
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_pickled_code_does_not_run(tmp_path, protocol):
     marker = tmp_path / "ran"
