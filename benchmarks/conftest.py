@@ -13,7 +13,7 @@ import torch
 from benchmarks import machine, shapes
 from benchmarks.problems import ERROR_BOUND, Problem
 from benchmarks.shapes import Case, Selection
-from benchmarks.timing import Effort, Timer, race, speedup, timer_for
+from benchmarks.timing import CpuTimer, Effort, Timer, race, speedup
 
 _CASES: dict[str, Callable[[Selection], list[Any]]] = {
     "linear_case": shapes.linear_cases,
@@ -32,7 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sk-blocks", default=None, metavar="16,32", help="block edges instead of the suite's")
     group.addoption("--sk-sparsities", default=None, metavar="80,90", help="percents instead of the suite's")
     group.addoption("--sk-passes", default=None, metavar="forward,step", help="passes instead of the suite's")
-    group.addoption("--sk-device", default="cpu", help="device to time on (cpu)")
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
@@ -78,8 +77,8 @@ def effort(request: pytest.FixtureRequest) -> Effort:
 
 
 @pytest.fixture(scope="session")
-def timer(request: pytest.FixtureRequest) -> Timer:
-    return timer_for(torch.device(request.config.getoption("--sk-device")))
+def timer() -> Timer:
+    return CpuTimer()
 
 
 @pytest.fixture

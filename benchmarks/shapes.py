@@ -171,7 +171,6 @@ TRAIN_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, .
         ("mlp", _MNIST, 512, (0, 16), (80, 90, 95)),
         ("vgg16", _CIFAR, 32, (0,), (80, 90, 95)),
         ("wrn-16-4", _CIFAR, 32, (0,), (80, 90, 95)),
-        ("resnet20-w64", _CIFAR, 32, (0,), (80, 90, 95)),
     ),
     "cross": (
         ("mlp", _MNIST, 512, (0, *BLOCKS), SPARSITIES),
@@ -184,11 +183,11 @@ PEER_SUITES: dict[str, tuple[Grid, ...]] = {
     "toy": (Grid((LinearShape(64, 64, 64, bias=False),), (1, 16), (90,), PASSES[:3]),),
     "quick": (),
     "gate": (),
-    "full": (Grid((LINEAR_PEERS,), (1, 16, 32), (80, 90, 95), PASSES[:3]),),
+    "full": (Grid((LINEAR_PEERS,), (1, 16), (80, 90, 95), PASSES[:3]),),
     "cross": (Grid((LINEAR_PEERS,), (1, 16, 32), SPARSITIES, PASSES[:3]),),
 }
 ROUNDS = {"toy": 3, "quick": 10, "gate": 15, "full": 5, "cross": 5}
-BUDGET_S = {"toy": 0.1, "quick": 3.0, "gate": 6.0, "full": 0.8, "cross": 0.8}
+BUDGET_S = {"toy": 0.1, "quick": 3.0, "gate": 6.0, "full": 0.5, "cross": 0.5}
 
 
 def linear_cases(want: Selection) -> list[Case]:

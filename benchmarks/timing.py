@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 MIN_ROUNDS = 3
 MIN_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample: below it, call-to-call noise passed 5 %
 
@@ -37,7 +35,11 @@ CLOCK = VirtualClock()
 
 
 class Timer(Protocol):
-    """Points in time on a device and the seconds between them."""
+    """Points in time on a device and the seconds between them.
+
+    On a GPU a mark is an event on the current stream, and ``prepare`` empties L2 without waiting for it: that memset
+    then hides the launch of the first kernel, and the events hold device time only.
+    """
 
     def prepare(self) -> None:
         """Called before each sample, outside the timed section."""
@@ -60,39 +62,6 @@ class CpuTimer:
 
     def seconds(self, start: float, end: float) -> float:
         return end - start
-
-
-class CudaTimer:
-    """Device time between events, with a cold L2 cache.
-
-    The memset that empties L2 is not waited for: it hides the launch of the first kernel, so the events hold
-    device time only. Marks must be made on the stream that the contender uses, which is the current one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        size = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(2 * size, dtype=torch.int8, device=device)
-
-    def prepare(self) -> None:
-        self.flush.zero_()
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-
-def timer_for(device: torch.device) -> Timer:
-    """The timer of a device type; raises ``ValueError`` for one that has none."""
-    if device.type == "cpu":
-        return CpuTimer()
-    if device.type == "cuda":
-        return CudaTimer(device)
-    raise ValueError(f"device: expected cpu or cuda, got {device}; add a Timer for it in benchmarks/timing.py")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""How the speed benchmarks time, with a clock that the tests turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.machine import machine_info
+from benchmarks.problems import conv_problem, linear_problem, random_layout, relative_error
+from benchmarks.timing import CLOCK, MIN_ROUNDS, Effort, race, speedup
+
+
+class Turned:
+    """A timer whose time passes only inside contenders."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def prepare(self) -> None:
+        self.now += 1000.0  # must never be counted
+
+    def mark(self) -> float:
+        return self.now
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class Pedantic:
+    """What pytest-benchmark's fixture does in pedantic mode."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+
+    def pedantic(self, target: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            start = CLOCK()
+            target()
+            self.samples.append(CLOCK() - start)
+
+
+def _contenders(timer: Turned, **seconds: float) -> tuple[dict[str, Any], list[str]]:
+    calls: list[str] = []
+
+    def contender(name: str) -> Any:
+        def call() -> None:
+            calls.append(name)
+            timer.now += seconds[name]
+
+        return call
+
+    return {name: contender(name) for name in seconds}, calls
+
+
+def test_race_interleaves_and_records_the_hero() -> None:
+    timer, benchmark = Turned(), Pedantic()
+    contenders, calls = _contenders(timer, dense=0.2, sparse=0.05)
+    times = race(benchmark, timer, contenders, hero="sparse", effort=Effort(rounds=4, budget_s=100))
+    assert times["dense"] == pytest.approx([0.2] * 4) and times["sparse"] == pytest.approx([0.05] * 4)
+    assert benchmark.samples == pytest.approx(times["sparse"])
+    rounds = [calls[i : i + 2] for i in range(2, len(calls), 2)]  # after the warm-up
+    assert rounds == [["sparse", "dense"], ["dense", "sparse"]] * 2
+
+
+def test_race_averages_short_calls_and_keeps_the_budget() -> None:
+    timer = Turned()
+    contenders, calls = _contenders(timer, dense=0.5, sparse=1e-4)
+    times = race(Pedantic(), timer, contenders, hero="sparse", effort=Effort(rounds=50, budget_s=2.6))
+    assert len(times["dense"]) == 5
+    assert calls.count("sparse") == 2 + 5 * 20 and times["sparse"] == pytest.approx([1e-4] * 5)
+    times = race(Pedantic(), timer, contenders, hero="sparse", effort=Effort(rounds=50, budget_s=0.1))
+    assert len(times["dense"]) == MIN_ROUNDS
+
+
+def test_race_disabled_runs_everything_once() -> None:
+    timer = Turned()
+    contenders, calls = _contenders(timer, dense=1e-4, sparse=1e-4, peer=1e-4)
+    race(Pedantic(), timer, contenders, hero="sparse", effort=Effort(rounds=9, budget_s=9, disabled=True))
+    assert sorted(calls) == ["dense", "peer", "sparse"]
+
+
+def test_speedup_is_the_median_of_ratios() -> None:
+    ratio = speedup([1.0, 10.0, 3.0], [1.0, 2.0, 1.0])  # a slow round slows both
+    assert ratio == {"speedup": 3.0, "speedup_q1": 2.0, "speedup_q3": 4.0}
+    assert speedup([2.0], [1.0]) == {"speedup": 2.0, "speedup_q1": 2.0, "speedup_q3": 2.0}
+
+
+@pytest.mark.parametrize("suite", shapes.SUITES)
+def test_cases_of_a_suite_are_distinct(suite: str) -> None:
+    want = shapes.Selection(suite, (1, 2))
+    for cases_of in (shapes.linear_cases, shapes.conv2d_cases, shapes.peer_cases, shapes.train_cases):
+        ids = [case.id for case in cases_of(want)]
+        assert len(ids) == len(set(ids))
+    assert shapes.linear_cases(want) and shapes.conv2d_cases(want)
+
+
+def test_cross_suite_holds_the_whole_product() -> None:
+    want = shapes.Selection("cross", (1, 2))
+    cells = {(c.block, c.sparsity, c.threads, c.pass_) for c in shapes.linear_cases(want) if c.shape == shapes.LINEAR}
+    assert len(cells) == len(shapes.BLOCKS) * len(shapes.SPARSITIES) * 2 * len(shapes.PASSES)
+    only = shapes.Selection("cross", (1,), blocks=(16,), sparsities=(90,), passes=("step",))
+    assert {(c.block, c.sparsity, c.pass_) for c in shapes.conv2d_cases(only)} == {(16, 90, "step")}
+
+
+def test_layout_has_the_exact_count() -> None:
+    assert random_layout((64, 64), 8, 90).nnz == round(0.1 * 64)
+    assert random_layout((64, 64), 64, 98).nnz == 1
+
+
+def test_relative_error_sees_a_wrong_and_a_missing_number() -> None:
+    want = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    assert relative_error(want.float(), want, want.abs()) == 0.0
+    assert relative_error(torch.tensor([1.0, -1.9]), want, want.abs()) == pytest.approx(0.05, rel=1e-5)
+    assert not relative_error(torch.tensor([1.0, float("nan")]), want, want.abs()) <= 1.0
+
+
+@pytest.mark.parametrize("pass_", shapes.PASSES)
+def test_error_check_catches_a_wrong_weight(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = linear_problem(shapes.LinearShape(32, 32, 32), 8, 50)
+    conv = conv_problem(shapes.ConvShape(2, 16, 16, 6), "nhwc", 8, 50)
+    for problem in (linear, conv):
+        assert problem.error(pass_) <= 1e-5
+        # The reference is computed from other operands than those that the operator gets.
+        with monkeypatch.context() as patch:
+            if pass_ == "wgrad":
+                want, absolute = problem.operands.wgrad_reference
+                patch.setitem(problem.operands.__dict__, "wgrad_reference", (want * 1.001, absolute))
+            else:
+                to_dense = type(problem.layout).to_dense
+                patch.setattr(
+                    type(problem.layout), "to_dense", lambda self, values, f=to_dense: f(self, values) * 1.001
+                )
+            assert problem.error(pass_) > 1e-5
+
+
+def test_machine_info_names_no_host_and_no_path() -> None:
+    info = machine_info()
+    assert info["torch"] == torch.__version__ and info["cores"] >= 1
+    assert "node" not in info and str(Path.cwd()) not in json.dumps(info)
