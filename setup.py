@@ -45,7 +45,9 @@ def cuda_missing() -> str:
     if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
         return "this version has no CUDA sources (csrc/cuda/*.cu); use SPARSEKERN_BUILD=auto or cpu"
     if find_nvcc() is None:
-        return "nvcc was not found in CUDACXX, PATH, CUDA_HOME or /usr/local/cuda; install the CUDA toolkit or set CUDA_HOME"
+        return (
+            "nvcc was not found in CUDACXX, PATH, CUDA_HOME, /usr/local/cuda; install the CUDA toolkit or set CUDA_HOME"
+        )
     return ""
 
 
@@ -128,9 +130,11 @@ def build_native(folder: Path) -> None:
             if MODE != "auto":
                 raise SystemExit(f"sparsekern: SPARSEKERN_BUILD={MODE}: {error}") from None
             record["error"] = str(error)
-            say(f"WARNING: no {target} kernels, going on without them (SPARSEKERN_BUILD={target} makes this an error): {error}")
+            say(f"WARNING: no {target} kernels, going on without (an error with SPARSEKERN_BUILD={target}): {error}")
     (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
-    what = {"none": "pure Python, no native core", "cpu": "CPU kernels", "cuda": "CPU and CUDA kernels"}[record["native"]]
+    what = {"none": "pure Python, no native core", "cpu": "CPU kernels", "cuda": "CPU and CUDA kernels"}[
+        record["native"]
+    ]
     details = [f"{key} {record[key]}" for key in ("compiler", "openmp", "cuda_archs") if record.get(key)]
     if isas := record.get("isas"):
         details.append("instruction sets " + ", ".join(isas))

@@ -1,4 +1,4 @@
-"""``python -m sparsekern``: the doctor without arguments, else the command line (``python -m sparsekern train ...``)."""
+"""``python -m sparsekern``: the doctor without arguments, else the command line (``python -m sparsekern train``)."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 # With xdist every worker would otherwise start a pool of all cores.
@@ -90,6 +91,8 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return wrapper
 
 
+# `with torch.device(...)` knows the allocating functions by identity: it must see the originals.
+_device_constructors()
 # For the whole run, not per test: Dynamo remembers torch's functions by identity.
 for _owner, _names in (
     (torch, ("empty", "empty_like", "empty_strided")),

@@ -1,0 +1,88 @@
+# make demo    from a fresh clone to a sparse net trained beside a dense one
+# make test    C++ tests (plain and under sanitizers), then pytest
+# make help    the rest
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+DEMO_ARGS ?= --model mlp --data digits --compare
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# What a new build of the package depends on; Python sources are used in place.
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparsekern/_version.py $(wildcard cmake/*.cmake) \
+               $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find tests/cpp csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-cpp test-python test-slow bench lint format wheel doctor clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:[^#]*## /\t/' | expand -t 14
+
+# A torch that is already there (a CUDA one, say) is kept.
+$(VENV)/.sk-torch:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
+	$(PIP) install 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
+	touch $@
+
+$(VENV)/.sk-package: $(VENV)/.sk-torch $(BUILD_FILES)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.sk-test: $(VENV)/.sk-torch $(BUILD_FILES)
+	$(PIP) install --no-build-isolation -e '.[test]'
+	touch $@ $(VENV)/.sk-package
+
+$(VENV)/.sk-dev: $(VENV)/.sk-torch $(BUILD_FILES)
+	$(PIP) install --no-build-isolation -e '.[dev]'
+	touch $@ $(VENV)/.sk-test $(VENV)/.sk-package
+
+demo: $(VENV)/.sk-package ## install and train: sparse, dense and a narrower dense net, side by side
+	$(BIN)/sparsekern train $(DEMO_ARGS)
+
+test: test-cpp test-python ## everything that runs in minutes
+
+test-cpp: $(VENV)/.sk-torch ## C++ tests of every instruction set, then again under sanitizers
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSK_DEV=ON -DSK_PYTHON=OFF
+	$(BIN)/cmake --build build/cpp --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	$(BIN)/cmake -S . -B build/cpp-asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DSK_DEV=ON -DSK_PYTHON=OFF -DSK_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/cpp-asan --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp-asan --output-on-failure
+
+test-python: $(VENV)/.sk-test ## pytest, and the benchmarks once without timing
+	$(PY) -m pytest -q tests $(PYTEST_ARGS)
+	$(PY) -m pytest -q benchmarks --benchmark-disable
+
+test-slow: $(VENV)/.sk-test ## tests that take minutes: clean installations, long runs
+	$(PY) -m pytest -q tests -m slow $(PYTEST_ARGS)
+
+bench: $(VENV)/.sk-test ## speed against dense PyTorch on this machine
+	$(PY) -m pytest benchmarks
+
+lint: $(VENV)/.sk-dev ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.sk-dev ## format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+wheel: $(VENV)/.sk-test ## sdist and, from it, a wheel in dist/
+	$(PY) -m build
+
+doctor: $(VENV)/.sk-package ## what is installed and what runs here
+	$(PY) -m sparsekern
+
+clean: ## build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info sparsekern/_C*.so sparsekern/_build.json .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(VENV)/.sk-package $(VENV)/.sk-test $(VENV)/.sk-dev
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
