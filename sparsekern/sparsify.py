@@ -278,7 +278,7 @@ class _Planner:
                 sparsity=cfg.sparsity,
                 seed=cfg.seed,
             )
-            found = allocation.densities_from_scores(scores, cfg.sparsity, costs=macs)
+            found = allocation.densities_from_scores(scores, cfg.sparsity, costs=macs)  # block_counts lifts to one block
         else:
             convs = [c.name for c in self.candidates if c.kind == "conv2d"]
             scheme: str | Mapping[str, float] = cfg.allocation
