@@ -57,16 +57,14 @@ def build_report(
 
 def _write_csv(results: Results, out: Path) -> list[Path]:
     """One file per table, numbers in full, in the unit that the column names."""
-    contents = {
-        "passes.csv": tables.pass_table(results.passes) if results.passes else None,
-        "peers.csv": tables.peer_table(results.peers) if results.peers else None,
-        "training.csv": tables.train_table(results.training) if results.training else None,
-    }
+    contents = {content.title.lower().replace(", ", "-"): content for content in tables.peer_tables(results.peers)}
+    if results.passes:
+        contents["passes"] = tables.pass_table(results.passes)
+    if results.training:
+        contents["training"] = tables.train_table(results.training)
     written = []
     for name, content in contents.items():
-        if content is None:
-            continue
-        path = out / name
+        path = out / f"{name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*(column.name for column in content.columns), "loses"])

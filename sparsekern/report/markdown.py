@@ -39,9 +39,9 @@ def render(results: Results, changes: dict[tuple[object, ...], Change] | None, p
     if results.passes:
         content = tables.mean_table(results.passes)
         out += [f"## {content.title}", "", content.note, "", table(content), ""]
-    if results.peers:
-        content = tables.peer_table(results.peers)
+    for content in tables.peer_tables(results.peers):
         out += [f"## {content.title}", "", content.note, "", table(content), ""]
+    if results.peers:
         failed = tables.failed_peers(results.peers)
         out += [f"- {_escape(peer)}: {_escape(reason)} ({count} rows)" for peer, reason, count in failed] + [""]
     for (op, pass_), rows in grouped(results.passes, lambda row: (row.op, row.pass_)).items():

@@ -137,7 +137,7 @@ def render(results: Results, changes: dict[tuple[object, ...], Change] | None, s
     contents: Sequence[Table] = [
         *([tables.train_table(results.training)] if results.training else []),
         *([tables.mean_table(results.passes)] if results.passes else []),
-        *([tables.peer_table(results.peers)] if results.peers else []),
+        *tables.peer_tables(results.peers),
     ]
     parts += [_table(content) for content in contents]
     failed = tables.failed_peers(results.peers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def heatmap(rows: Sequence[PassRow], theme: Theme) -> Figure:
     panels = figure.subplots(1, len(passes), squeeze=False, sharey=True)[0]
     what = f"{rows[0].op}, {rows[0].memory_format}: speed-up over dense, {threads} thread{'s' * (threads > 1)}"
     figure.suptitle(what, color=theme.ink, fontsize=10)
-    norm = TwoSlopeNorm(1.0, min(0.25, *cells.values()), max(4.0, *cells.values()))
+    norm = TwoSlopeNorm(0.0, min(-2.0, math.log2(min(cells.values()))), max(2.0, math.log2(max(cells.values()))))
     colours = matplotlib.colormaps["RdBu"]
     for axes, pass_ in zip(panels, passes, strict=True):
         for y, (shape, block) in enumerate(lines):
@@ -182,7 +183,7 @@ def heatmap(rows: Sequence[PassRow], theme: Theme) -> Figure:
                 if speedup is None:
                     continue
                 # The ends of the map are too dark to read on: use its middle 70 %.
-                face = colours(0.15 + 0.7 * float(norm(speedup)))
+                face = colours(0.15 + 0.7 * float(norm(math.log2(speedup))))
                 axes.add_patch(matplotlib.patches.Rectangle((x, y), 0.96, 0.92, facecolor=face, edgecolor="none"))
                 luminance = 0.299 * face[0] + 0.587 * face[1] + 0.114 * face[2]
                 ink = "#101317" if luminance > 0.5 else "#ffffff"

@@ -111,21 +111,24 @@ def mean_table(rows: Sequence[PassRow]) -> Table:
     return Table("Geometric means", columns, lines, losing, note)
 
 
-def peer_table(rows: Sequence[PeerRow]) -> Table:
-    """Speed-up over dense of sparsekern and of every peer, side by side."""
+def peer_tables(rows: Sequence[PeerRow]) -> list[Table]:
+    """Speed-up over dense of sparsekern and of every peer, side by side; a table per pass, as peers differ by it."""
+    return [_peer_table(pass_, members) for pass_, members in grouped(rows, lambda row: row.pass_).items()]
+
+
+def _peer_table(pass_: str, rows: Sequence[PeerRow]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in (*row.speedups, *row.failed)))
-    columns = [Column(name) for name in ("pass", "shape", "block", "sparsity %", "threads")]
+    columns = [Column(name) for name in ("shape", "block", "sparsity %", "threads")]
     columns += [Column("dense ms", 3, 1e3), Column("sparsekern", 3), *(Column(name, 3) for name in names)]
     columns += [Column("over best peer", 3)]
     lines: list[list[Cell]] = []
     for row in rows:
         best = row.best
-        line: list[Cell] = [row.pass_, row.shape, row.block, row.sparsity, row.threads, row.dense_s, row.speedup]
+        line: list[Cell] = [row.shape, row.block, row.sparsity, row.threads, row.dense_s, row.speedup]
         line += [row.speedups.get(name) for name in names]
         lines.append([*line, row.speedup / best[1] if best else None])
-    return Table(
-        "Peers", columns, lines, [row.speedup < 1.0 for row in rows], "Speed-up over dense; a dash: not run, see below."
-    )
+    note = "Speed-up over dense. A dash: not run, for a reason given below."
+    return Table(f"Peers, {pass_}", columns, lines, [row.speedup < 1.0 for row in rows], note)
 
 
 def failed_peers(rows: Sequence[PeerRow]) -> list[tuple[str, str, int]]:
