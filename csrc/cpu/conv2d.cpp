@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "conv2d_gather.h"
+#include "conv2d_prefetch.h"
 
 namespace sparsekern {
 namespace SK_ISA {
@@ -35,10 +36,23 @@ int choose_lanes(int64_t width) {
     return LANES == 16 && round_up(width, 8) < round_up(width, 16) ? 8 : LANES;
 }
 
+struct Workspace {
+    float *window, *buffer;
+    TilePlan plan;
+    int64_t zeroed_for;  // the tile whose padding `window` holds
+    Prefetch input, output;
+
+    void prefetch() {
+        input.step<0>();
+        output.step<1>();
+    }
+};
+
 // Vectors along pixels: the block row's channels at every pixel of the tile.
 template <int L>
-void run_vectors(const Gather &g, const TilePlan &plan, const Entry *entries, const int32_t *start, const float *x,
+void run_vectors(const Gather &g, Workspace &space, const Entry *entries, const int32_t *start, const float *x,
                  int64_t x_plane, const float *bias, int64_t channels, float *y, int64_t y_plane) {
+    const TilePlan &plan = space.plan;
     for (int64_t b = 0; b < plan.band_count; ++b) {
         const Span &band = plan.bands[b];
         const Entry *entry = entries + start[band.tap0], *end = entries + start[band.tap1];
@@ -51,6 +65,7 @@ void run_vectors(const Gather &g, const TilePlan &plan, const Entry *entries, co
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t v0 = band.begin + count * t / tiles, v1 = band.begin + count * (t + 1) / tiles;
                 const PixelTile tile = pick_pixel_tile<L>(log_bm, v1 - v0);
+                space.prefetch();
                 for (int64_t i = m; i < stop; i += step)
                     tile(entry, end, x, x_plane, {g.weights.data + i, g.weights.block, g.weights.ld},
                          plan.pixels + v0, bias ? bias + i : nullptr, y + i * y_plane, y_plane);
@@ -61,11 +76,12 @@ void run_vectors(const Gather &g, const TilePlan &plan, const Entry *entries, co
 }
 
 template <int VM>
-void run_line(const Gather &g, const PixelLine &line, const Entry *entry, const Entry *end, const float *x,
+void run_line(const Gather &g, Workspace &space, const PixelLine &line, const Entry *entry, const Entry *end, const float *x,
               const float *bias, int64_t m, int64_t channels, float *y) {
     const int64_t tiles = ceil_div(line.count, CHANNEL_PIXELS[VM]);
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t p0 = line.count * t / tiles, p1 = line.count * (t + 1) / tiles;
+        space.prefetch();
         pick_channel_tile<LANES, VM>(p1 - p0)(entry, end, x + line.x + p0 * line.x_step, line.x_step,
                                               {g.weights.data + m, g.weights.block, g.weights.ld},
                                               bias ? bias + m : nullptr, channels - m,
@@ -74,15 +90,15 @@ void run_line(const Gather &g, const PixelLine &line, const Entry *entry, const 
 }
 
 // Vectors along channels: the block row's channels at every pixel of the tile.
-void run_lines(const Gather &g, const TilePlan &plan, const Entry *entries, const int32_t *start,
+void run_lines(const Gather &g, Workspace &space, const Entry *entries, const int32_t *start,
                int64_t starts_per_list, const float *x, const float *bias, int64_t channels, float *y) {
-    for (int64_t i = 0; i < plan.line_count; ++i) {
-        const PixelLine &line = plan.lines[i];
+    for (int64_t i = 0; i < space.plan.line_count; ++i) {
+        const PixelLine &line = space.plan.lines[i];
         const int32_t *list = start + line.list * starts_per_list;
         const Entry *entry = entries + list[line.tap0], *end = entries + list[line.tap1];
         int64_t m = 0;
-        for (; m + LANES < channels; m += 2 * LANES) run_line<2>(g, line, entry, end, x, bias, m, channels, y);
-        if (m < channels) run_line<1>(g, line, entry, end, x, bias, m, channels, y);
+        for (; m + LANES < channels; m += 2 * LANES) run_line<2>(g, space, line, entry, end, x, bias, m, channels, y);
+        if (m < channels) run_line<1>(g, space, line, entry, end, x, bias, m, channels, y);
     }
 }
 
@@ -124,12 +140,6 @@ void copy_out(const Gather &g, const Target &target, const float *buffer, const 
     }
 }
 
-struct Workspace {
-    float *window, *buffer;
-    TilePlan plan;
-    int64_t zeroed_for = -1;  // the tile whose padding `window` holds
-};
-
 void run_phase(const Gather &g, const Task &task, const Window &window, const Columns *columns, const Lists &lists,
                const Target &target, int64_t fh, int64_t fw, Workspace &space) {
     TilePlan &plan = space.plan;
@@ -157,16 +167,33 @@ void run_phase(const Gather &g, const Task &task, const Window &window, const Co
                                      : space.buffer + n * target.image +
                                            (row - task.row0) * g.bm * (g.by_channels ? 1 : target.ld);
             if (g.by_channels)
-                run_lines(g, plan, entries, start, lists.starts_per_list, x, bias, channels, y);
+                run_lines(g, space, entries, start, lists.starts_per_list, x, bias, channels, y);
             else if (g.lanes == LANES)
-                run_vectors<LANES>(g, plan, entries, start, x, window.group, bias, channels, y, target.ld);
+                run_vectors<LANES>(g, space, entries, start, x, window.group, bias, channels, y, target.ld);
             else
-                run_vectors<LANES == 16 ? 8 : LANES>(g, plan, entries, start, x, window.group, bias, channels, y,
+                run_vectors<LANES == 16 ? 8 : LANES>(g, space, entries, start, x, window.group, bias, channels, y,
                                                      target.ld);
         }
     }
     for (int64_t n = 0; !target.direct && n < task.images; ++n)
         copy_out(g, target, space.buffer + n * target.image, plan, task, task.image + n, fh, fw);
+}
+
+// Register tiles of one task, roughly.
+int64_t count_steps(const Gather &g, const Task &task) {
+    const int64_t rows = (task.row1 - task.row0) * task.images * g.phases();
+    if (g.by_channels)
+        return rows * (g.h.tile + 4) * ceil_div(g.w.tile, g.bm > LANES ? CHANNEL_PIXELS[2] : CHANNEL_PIXELS[1]) *
+               ceil_div(g.bm, 2 * LANES);
+    int log_bm = 0;
+    while (log_bm < MAX_LOG_BM && 2 << log_bm <= g.bm) ++log_bm;
+    return rows * ceil_div(g.h.tile * ceil_div(g.w.tile, g.lanes), PIXEL_VECTORS[log_bm]);
+}
+
+// The input of `task`, to be fetched during `steps` steps of the task before it.
+void prefetch_input(const Gather &g, const Task &task, int64_t steps, Prefetch &prefetch) {
+    prefetch.start(g.in, task.image, task.images, task.group * g.in_per_group, g.in_per_group,
+                   (task.top + g.h.low) * g.h.in_phases, (task.top + g.h.tile + g.h.high) * g.h.in_phases, steps);
 }
 
 void run_task(const Gather &g, const Task &task, const Window &window, const Columns *columns, const Lists &lists,
@@ -234,21 +261,35 @@ void run(Gather &g, const float *values) {
                 transpose_any(values + slot * l.bo * l.bi, l.bi, l.bo, l.bi, packed.get() + slot * l.bo * l.bi, l.bo);
         }
         team.barrier();
-        Workspace space{buffers.get() + team.rank * (window_size + buffer_size),
-                        buffers.get() + team.rank * (window_size + buffer_size) + window_size,
+        float *buffer = buffers.get() + team.rank * (window_size + buffer_size);
+        Workspace space{buffer,
+                        buffer + window_size,
                         {all_pixels.get() + team.rank * vectors, all_lines.get() + team.rank * lines,
                          bands.get() + team.rank * g.h.tile, 0, 0, 0, 0},
-                        -1};
-        for (int64_t t = counter.take(); t < units * shares; t = counter.take()) {
+                        -1,
+                        {},
+                        {}};
+        const auto task_at = [&](int64_t t) {
             const int64_t row0 = t % shares * share, unit = t / shares;
             const int64_t batch = unit % batches, group = unit / batches % l.groups, tile = unit / batches / l.groups;
-            const Task task{group,
-                            batch * images,
-                            min64(images, n - batch * images),
-                            tile / g.w.tiles() * g.h.tile,
-                            tile % g.w.tiles() * g.w.tile,
-                            row0,
-                            min64(g.rows, row0 + share)};
+            return Task{group,
+                        batch * images,
+                        min64(images, n - batch * images),
+                        tile / g.w.tiles() * g.h.tile,
+                        tile % g.w.tiles() * g.w.tile,
+                        row0,
+                        min64(g.rows, row0 + share)};
+        };
+        const int64_t tasks = units * shares;
+        for (int64_t t = counter.take(), next; t < tasks; t = next) {
+            next = counter.take();
+            const Task task = task_at(t);
+            const int64_t steps = count_steps(g, task);
+            if (next < tasks) prefetch_input(g, task_at(next), steps, space.input);
+            if (!target.direct)
+                space.output.start(g.out, task.image, task.images, task.group * g.out_per_group + task.row0 * g.bm,
+                                   min64(g.out_per_group - task.row0 * g.bm, share * g.bm),
+                                   task.top * g.h.out_phases, (task.top + g.h.tile) * g.h.out_phases, steps);
             if (task.row0 < task.row1) run_task(g, task, window, columns.get(), lists, target, space, images);
         }
     });

@@ -42,6 +42,12 @@ static void pixel_tile(const Entry *entry, const Entry *end, const float *x, int
         SK_UNROLL
         for (int p = 0; p < PV; ++p) acc[m][p] = bias ? broadcast<L>(bias[m]) : Vec<L>{};
     }
+    // The output's cache lines arrive while the tile is computed.
+    SK_UNROLL
+    for (int p = 0; p < PV; ++p) {
+        SK_UNROLL
+        for (int m = 0; m < BM; ++m) __builtin_prefetch(y + pixels[p].y + m * y_plane, 1, 3);
+    }
     for (; entry < end; ++entry) {
         const float *w = weights.data + entry->slot * weights.block;
         const int64_t stop = entry->x + entry->depth * plane;
@@ -112,6 +118,11 @@ static void channel_tile(const Entry *entry, const Entry *end, const float *x, i
         const Vec<L> init = bias ? load_partial<L>(bias + v * L, max64(0, min64(L, channels - v * L))) : Vec<L>{};
         SK_UNROLL
         for (int p = 0; p < PX; ++p) acc[p][v] = init;
+    }
+    SK_UNROLL
+    for (int p = 0; p < PX; ++p) {
+        SK_UNROLL
+        for (int v = 0; v < VM; ++v) __builtin_prefetch(y + p * y_step + v * L, 1, 3);
     }
     for (; entry < end; ++entry) {
         const float *w = weights.data + entry->slot * weights.block, *in = x + entry->x;
