@@ -1,0 +1,531 @@
+"""The training loop: reproducible, resumable to the bit on the CPU, stoppable at any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.training.checkpoint import (
+    FORMAT,
+    checkpoint_files,
+    load_newest,
+    rng_state,
+    save_checkpoint,
+    seed_all,
+    set_rng_state,
+    write_atomic,
+)
+from sparsekern.training.config import TrainConfig, load_yaml, save_yaml
+from sparsekern.training.curves import plot_curves
+from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
+from sparsekern.training.metrics import MetricsLog
+from sparsekern.training.network import Network, build_network, resolve_device, restore_network
+from sparsekern.training.optim import make_optimizer
+from sparsekern.training.progress import Reporter
+from sparsekern.training.schedules import schedule, set_lr
+from sparsekern.training.step import PHASES, Step
+from sparsekern.training.task import Task, evaluate, load_task
+
+
+@dataclass
+class TrainResult:
+    """What a run ended with. Accuracies are fractions; times are means over this process in seconds.
+
+    Attributes:
+        test_acc_at_best_val: test accuracy after the epoch of the best validation accuracy, None without validation.
+        step_seconds: data, forward, backward, optimizer and total of one step.
+        layers: layers per state.
+        macs: multiply-accumulates per sample.
+        resumed_from: step of the checkpoint that this process started from, None for a fresh run.
+        model: the trained model.
+    """
+
+    config: TrainConfig
+    steps: int
+    epochs: float
+    train_loss: float | None
+    train_acc: float | None
+    val_acc: float | None
+    test_loss: float | None
+    test_acc: float | None
+    best_val_acc: float | None
+    test_acc_at_best_val: float | None
+    params: int
+    macs: int
+    layers: dict[str, int]
+    seconds: float
+    step_seconds: dict[str, float]
+    threads: int
+    resumed_from: int | None = None
+    folder: Path | None = None
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model, in plain containers."""
+        skip = {"model", "config", "folder"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
+        return {"config": self.config.to_dict(), **values}
+
+
+def train(
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    label: str = "",
+) -> TrainResult:
+    """Train the model of ``config`` and, with ``out``, leave a run folder behind.
+
+    The folder holds ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``curves.png``, ``result.json``, ``model.pt``
+    and ``checkpoints/``. On the CPU with the same number of threads, a run that was killed and resumed ends with
+    exactly the weights of one that was not.
+
+    Args:
+        out: run folder; None keeps everything in memory.
+        resume: continue from the newest checkpoint in ``out``; a finished run is returned as it is.
+        overwrite: delete an earlier run in ``out``.
+        reporter: progress output, silent by default.
+        label: name of the run in progress lines.
+
+    Raises:
+        ConfigError: a value that does not fit, a folder in use, or a resume with another configuration.
+        CheckpointError: no readable checkpoint.
+        DataError: data missing or damaged.
+        DivergedError: the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM; with ``out``, a checkpoint was written.
+    """
+    reporter = reporter or Reporter()
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        check_folder(folder, config, resume=resume, overwrite=overwrite)
+    elif resume:
+        raise ConfigError("resume: needs the run folder (--out)")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with reporter:
+        return _Run(config, folder, resume, reporter, label).run()
+
+
+def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """:class:`ConfigError` says what is in the way of a run in ``folder`` and what to do; nothing is written."""
+    saved = folder / "config.yaml"
+    if resume:
+        if not saved.is_file():
+            raise ConfigError(f"resume: {folder} holds no run (config.yaml is missing); check --out")
+        check_same(TrainConfig.from_dict(load_yaml(saved), source=str(saved)), config, folder)
+    elif saved.exists() and not overwrite:
+        raise ConfigError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite")
+    elif folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: expected a folder, {folder} is a file")
+
+
+def start_folder(folder: Path, config: TrainConfig) -> None:
+    """Create ``folder`` with its ``config.yaml``, without what an earlier run left."""
+    if (folder / "config.yaml").exists():
+        # Only what a run writes: the folder may hold anything else.
+        for name in ("checkpoints", "dense", "small", "sparse"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "result.json", "model.pt", "plan.json", "curves.png", "compare.json", "table.md"):
+            (folder / name).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {folder}: {error.strerror}") from None
+
+
+def check_same(saved: TrainConfig, config: TrainConfig, folder: Path) -> None:
+    """:class:`ConfigError` naming every key in which a resumed run differs from the saved one."""
+    names = saved.differences(config)
+    if names:
+        changes = ", ".join(f"{name} (saved {getattr(saved, name)}, now {getattr(config, name)})" for name in names)
+        raise ConfigError(f"resume: {folder} was started with another configuration: {changes}; drop these options")
+
+
+@dataclass
+class _Sums:
+    """Running sums, part of every checkpoint so that a resumed run writes the same lines."""
+
+    loss: Tensor
+    correct: Tensor
+    count: int = 0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> _Sums:
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        )
+
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        self.loss += loss.double() * y.numel()
+        self.correct += (logits.argmax(1) == y).sum()
+        self.count += y.numel()
+
+    def means(self) -> tuple[float, float]:
+        count = max(1, self.count)
+        return float(self.loss) / count, float(self.correct) / count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "correct": self.correct, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.copy_(state["loss"])
+        self.correct.copy_(state["correct"])
+        self.count = state["count"]
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, folder: Path | None, resume: bool, reporter: Reporter, label: str) -> None:
+        self.config, self.folder, self.resume, self.reporter, self.label = config, folder, resume, reporter, label
+        self.device = resolve_device(config.device)
+        self.task: Task = load_task(config)
+        self.per_epoch = len(self.task.train)
+        self.total = config.steps or config.epochs * self.per_epoch
+        self.step_number = 0
+        self.seconds_before = 0.0
+        self.resumed_from: int | None = None
+        self.last: dict[str, float | None] = {}
+        saved = self._newest() if resume else None
+        self.network, plan = self._build(saved)
+        self.optimizer = make_optimizer(self.network.model, config)
+        self.step = Step(self.network.model, self.optimizer, config)
+        self.factor = schedule(
+            config.schedule,
+            self.total,
+            warmup=round(config.warmup * self.per_epoch),
+            milestones=config.milestones,
+            gamma=config.gamma,
+        )
+        self.interval, self.epoch = _Sums.zero(self.device), _Sums.zero(self.device)
+        self.phases = dict.fromkeys(("data", *PHASES), 0.0)
+        self.phase_steps = 0
+        self.run_phases = dict(self.phases)
+        self.run_steps = 0
+        self.metrics: MetricsLog | None = None
+        self.metrics_offset: int = saved["metrics_offset"] if saved is not None else 0
+        if saved is not None:
+            self._restore(saved)
+        elif plan is not None:
+            reporter.show(plan)
+        for note in self.network.notes:
+            reporter.warn(note)
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def _newest(self) -> dict[str, Any] | None:
+        assert self.folder is not None
+        saved = load_newest(self.folder / "checkpoints", self.reporter.warn)
+        if saved is None:
+            return None
+        check_same(TrainConfig.from_dict(saved["config"], source="checkpoint"), self.config, self.folder)
+        if saved["threads"] != torch.get_num_threads():
+            self.reporter.warn(
+                f"the run was started with {saved['threads']} threads and continues with {torch.get_num_threads()}: "
+                "results will agree to rounding, not to the bit"
+            )
+        return saved
+
+    def _build(self, saved: dict[str, Any] | None) -> tuple[Network, Any]:
+        example = self.task.example(self.device)
+        if saved is not None:
+            classes = self.task.num_classes
+            return restore_network(self.config, saved["model"], saved["plan"], example, classes), None
+        scored = self.config.allocation in ("snip", "grasp")
+        batches = self.task.scoring_batches(self.device) if scored else None
+        network, plan = build_network(self.config, example, self.task.num_classes, batches=batches)
+        # Whatever the construction drew, dense and sparse nets train with the same random numbers.
+        seed_all(self.config.seed)
+        if self.folder is not None:
+            # Not before data and model are known to work: a mistake leaves no folder behind.
+            if not self.resume:
+                start_folder(self.folder, self.config)
+            if network.plan is not None:
+                write_json(self.folder / "plan.json", network.plan)
+        return network, plan
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.task.train.load_state_dict(saved["data"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint of step {saved['step']} does not fit this run: {error}") from None
+        self.step_number = self.resumed_from = saved["step"]
+        self.seconds_before = saved["seconds"]
+        self.interval.load_state_dict(saved["interval"])
+        self.epoch.load_state_dict(saved["epoch"])
+        self.last = dict(saved["last"])
+        set_rng_state(saved["rng"])
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        finished = self._finished()
+        if finished is not None:
+            self.reporter.line(f"{self._prefix()}already finished: {self.folder}")
+            return finished
+        self.reporter.start(self.label or self.config.model, self.total, self.step_number)
+        if self.resumed_from is not None:
+            self.reporter.line(f"{self._prefix()}resumed at step {self.step_number} of {self.total}")
+        self.started = self.saved_at = time.monotonic()
+        self.tick = (self.started, self.step_number)
+        self.network.model.train()
+        if self.folder is not None:
+            self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.metrics_offset)
+        try:
+            with _stop_signals() as stop:
+                for x, y in self._batches():
+                    self._train_step(x, y)
+                    if stop.number is not None and self.step_number < self.total:
+                        self._stop(stop.number)
+                    if self._checkpoint_due():
+                        self._checkpoint()
+                if self.folder is not None and self.run_steps:
+                    self._checkpoint()
+                return self._finish()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches until the last step; epochs follow each other without end."""
+        while self.step_number < self.total:
+            begin = time.perf_counter()
+            for x, y in self.task.train:
+                x, y = self.step.to_device(x, y)
+                self._spend("data", time.perf_counter() - begin)
+                yield x, y
+                if self.step_number >= self.total:
+                    return
+                begin = time.perf_counter()
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        set_lr(self.optimizer, self.config.base_lr * self.factor(self.step_number))
+        out = self.step(x, y)
+        self.step_number += 1
+        for name, seconds in zip(PHASES, out.seconds, strict=True):
+            self._spend(name, seconds)
+        self.phase_steps += 1
+        self.run_steps += 1
+        for sums in (self.interval, self.epoch):
+            sums.add(out.loss, out.logits, y)
+        epoch_ends = self.step_number % self.per_epoch == 0 or self.step_number == self.total
+        if self.step_number % self.config.log_every == 0 or epoch_ends:
+            self._log_interval()
+        if epoch_ends:
+            self._end_epoch()
+
+    def _spend(self, phase: str, seconds: float) -> None:
+        self.phases[phase] += seconds
+        self.run_phases[phase] += seconds
+
+    def _log_interval(self) -> None:
+        loss, accuracy = self.interval.means()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"loss became {loss} by step {self.step_number}: lower the learning rate (now {self.config.base_lr:g}) "
+                "or add warm-up"
+            )
+        now = time.monotonic()
+        then, step_then = self.tick
+        rate = (self.step_number - step_then) / max(now - then, 1e-9)
+        self.tick = (now, self.step_number)
+        self._write(
+            "interval",
+            loss=loss,
+            train_acc=accuracy,
+            lr=self.optimizer.param_groups[0]["lr"],
+            step_ms={name: 1e3 * seconds / max(1, self.phase_steps) for name, seconds in self.phases.items()},
+        )
+        self.reporter.step(self.step_number, loss, accuracy, rate)
+        self.interval = _Sums.zero(self.device)
+        self.phases = dict.fromkeys(self.phases, 0.0)
+        self.phase_steps = 0
+
+    def _end_epoch(self) -> None:
+        loss, accuracy = self.epoch.means()
+        self.epoch = _Sums.zero(self.device)
+        self.last.update(train_loss=loss, train_acc=accuracy)
+        test_loss, test_acc = evaluate(self.step, self.task.test)
+        self.last.update(test_loss=test_loss, test_acc=test_acc)
+        if self.task.val is not None:
+            loss_on_val, on_val = evaluate(self.step, self.task.val)
+            self.last.update(val_loss=loss_on_val, val_acc=on_val)
+            if on_val > (self.last.get("best_val_acc") or -1.0):
+                self.last.update(best_val_acc=on_val, test_acc_at_best_val=test_acc)
+        seconds = self._seconds()
+        self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **self.last)
+        val_acc = self.last.get("val_acc")
+        val = f"  val {100 * val_acc:.2f} %" if val_acc is not None else ""
+        self.reporter.line(
+            f"{self._prefix()}epoch {self.step_number / self.per_epoch:g}/{self.total / self.per_epoch:g}  "
+            f"loss {loss:.4f}  train {100 * accuracy:.2f} %{val}  test {100 * test_acc:.2f} %  {seconds:.1f} s"
+        )
+        self.tick = (time.monotonic(), self.step_number)
+
+    def _write(self, kind: str, **values: Any) -> None:
+        if self.metrics is not None:
+            epoch = self.step_number / self.per_epoch
+            self.metrics.write(kind, step=self.step_number, epoch=round(epoch, 6), **values)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _prefix(self) -> str:
+        return f"{self.label}: " if self.label else ""
+
+    # -- checkpoints and the end -----------------------------------------------------------------------------------
+
+    def _checkpoint_due(self) -> bool:
+        if self.folder is None or self.step_number == self.total:
+            return False
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        by_step = bool(every) and self.step_number % every == 0
+        return by_step or (bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _checkpoint(self) -> Path:
+        assert self.folder is not None and self.metrics is not None
+        state = {
+            "config": self.config.to_dict(),
+            "digest": self.config.digest(),
+            "model": self.network.model.state_dict(),
+            "plan": self.network.plan,
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.task.train.state_dict(),
+            "rng": rng_state(),
+            "metrics_offset": self.metrics.sync(),
+            "interval": self.interval.state_dict(),
+            "epoch": self.epoch.state_dict(),
+            "last": self.last,
+            "seconds": self._seconds(),
+            "threads": torch.get_num_threads(),
+        }
+        path = save_checkpoint(self.folder / "checkpoints", self.step_number, state)
+        self.saved_at = time.monotonic()
+        return path
+
+    def _stop(self, number: int) -> None:
+        if self.folder is not None:
+            self._checkpoint()
+        raise Interrupted(f"{self._prefix()}stopped at step {self.step_number} of {self.total}", self.folder, number)
+
+    def _finish(self) -> TrainResult:
+        size = self.network.size()
+        steps = max(1, self.run_steps)
+        means = {name: seconds / steps for name, seconds in self.run_phases.items()}
+        result = TrainResult(
+            config=self.config,
+            steps=self.step_number,
+            epochs=self.step_number / self.per_epoch,
+            **{name: self.last.get(name) for name in _LAST},
+            params=size["params"],
+            macs=size["macs"],
+            layers=size["layers"],
+            seconds=self._seconds(),
+            step_seconds={**means, "total": sum(means.values())},
+            threads=torch.get_num_threads(),
+            resumed_from=self.resumed_from,
+            folder=self.folder,
+            model=self.network.model.eval(),
+        )
+        if self.folder is not None:
+            self._write_result(result)
+        return result
+
+    def _write_result(self, result: TrainResult) -> None:
+        assert self.folder is not None
+        model = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "model": self.network.model.state_dict(),
+            "sparse": self.network.plan is not None,
+            "plan": self.network.plan,
+            "in_shape": list(self.task.in_shape),
+            "num_classes": self.task.num_classes,
+        }
+        write_atomic(self.folder / "model.pt", model)
+        plot_curves({self.label or self.config.model: self.folder}, self.folder / "curves.png")
+        # Last: its presence says that the run is complete.
+        write_json(self.folder / "result.json", result.to_dict())
+
+    def _finished(self) -> TrainResult | None:
+        if self.folder is None or self.resumed_from != self.total:
+            return None
+        return read_result(self.folder, self.network.model.eval())
+
+
+_LAST = (
+    "train_loss",
+    "train_acc",
+    "val_acc",
+    "test_loss",
+    "test_acc",
+    "best_val_acc",
+    "test_acc_at_best_val",
+)
+
+
+def read_result(folder: str | os.PathLike[str], model: nn.Module | None = None) -> TrainResult | None:
+    """The result of a finished run, or None if ``folder`` holds none."""
+    path = Path(folder) / "result.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    config = TrainConfig.from_dict(values.pop("config"), source=str(path))
+    return TrainResult(config=config, folder=Path(folder), model=model, **values)
+
+
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    return bool(checkpoint_files(Path(folder) / "checkpoints"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Stop:
+    number: int | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the running step; a second one acts at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.number is not None:
+            raise KeyboardInterrupt
+        stop.number = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
