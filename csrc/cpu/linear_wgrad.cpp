@@ -3,8 +3,10 @@
 //
 // The batch is cut into tiles. Each tile of x and dy is packed once, shared by all threads; then every thread works
 // on block rows of its own, so each gradient is summed in the same order whatever the number of threads.
-//   outer: panels [block][batch row][feature]; vectors along the block's inputs, dy broadcast, no reduction.
-//   dot:   panels [feature][batch row]; vectors along the batch and a sum over lanes at the end, for thin blocks.
+//   outer:  panels [block][batch row][feature]; vectors along the block's inputs, dy broadcast, no reduction.
+//   spread: the same panels for blocks 1, 2, 4 or 8 inputs wide; a vector holds several outputs of one block, dy is
+//           repeated along its lanes and x is broadcast in groups of the block's width.
+//   dot:    panels [feature][batch row]; vectors along the batch and a sum over lanes at the end, for thin blocks.
 #include <cstring>
 
 #include "isa.h"
@@ -16,8 +18,9 @@ namespace SK_ISA {
 namespace {
 
 constexpr int HALF = LANES > 4 ? LANES / 2 : 4;
-// Batch rows packed at a time; dbias is summed by such chunks. A leading dimension of a multiple of 1024 puts the same
-// column of all rows into one set of the L1 cache, which has 8 ways: 16 rows take twice as long.
+// Batch rows packed at a time (16 where that is a transposition); dbias is summed by such chunks. A leading dimension
+// of a multiple of 1024 puts the same column of all rows into one set of the L1 cache, which has 8 ways: 16 rows take
+// twice as long.
 constexpr int64_t PACK_ROWS = 8;
 
 struct Gradient {
@@ -55,33 +58,43 @@ int64_t block_stride(int64_t rows, int64_t width) {
     return round_up(rows * width + 2 * LANES, 16);
 }
 
-template <int L>
+// FULL: width == FULL * L, so that rows are written exactly; 0: any width, in vectors that spill into the next row.
+template <int L, int FULL>
 void pack_blocks(const float *src, int64_t ld, int64_t rows, int64_t features, int64_t width, int64_t stride,
                  float *dst) {
-    for (int64_t j = 0; j * width < features; ++j) {
-        const int64_t begin = j * width, filled = min64(width, features - begin);
+    for (int64_t begin = 0; begin < features; begin += width, dst += stride) {
         const float *s = src + begin;
-        float *d = dst + j * stride;
-        const bool whole = begin + round_up(width, L) <= features;
-        for (int64_t n = 0; n < rows; ++n, s += ld, d += width) {
-            if (whole && n + 1 < rows) {
-                for (int64_t v = 0; v < width; v += L) store<L>(d + v, load<L>(s + v));
-                continue;
+        float *d = dst;
+        int64_t n = 0;
+        if (begin + round_up(width, L) <= features) {
+            if constexpr (FULL > 0) {
+                for (; n < rows; ++n, s += ld, d += FULL * L) {
+                    SK_UNROLL
+                    for (int v = 0; v < FULL; ++v) store<L>(d + v * L, load<L>(s + v * L));
+                }
+            } else {
+                for (; n + 1 < rows; ++n, s += ld, d += width)
+                    for (int64_t v = 0; v < width; v += L) store<L>(d + v, load<L>(s + v));
             }
-            for (int64_t v = 0; v < width; v += L)
-                store_partial<L>(d + v, load_partial<L>(s + v, min64(L, max64(0, filled - v))), min64(L, width - v));
         }
+        for (; n < rows; ++n, s += ld, d += width)
+            for (int64_t v = 0; v < width; v += L)
+                store_partial<L>(d + v, load_partial<L>(s + v, min64(L, max64(0, features - begin - v))),
+                                 min64(L, width - v));
     }
 }
 
 void pack_blocks(const float *src, int64_t ld, int64_t rows, int64_t features, int64_t width, int64_t stride,
                  float *dst) {
-    if (width > HALF)
-        pack_blocks<LANES>(src, ld, rows, features, width, stride, dst);
-    else if (width > 4)
-        pack_blocks<HALF>(src, ld, rows, features, width, stride, dst);
-    else
-        pack_blocks<4>(src, ld, rows, features, width, stride, dst);
+    if (width == 1) return transpose_in(src, ld, rows, features, round_up(rows, LANES), dst, stride);
+    const auto pack = width == 2 * LANES ? pack_blocks<LANES, 2>
+                      : width == LANES   ? pack_blocks<LANES, 1>
+                      : width > HALF     ? pack_blocks<LANES, 0>
+                      : width == HALF    ? pack_blocks<HALF, 1>
+                      : width == 4       ? pack_blocks<4, 1>
+                      : width > 4        ? pack_blocks<HALF, 0>
+                                         : pack_blocks<4, 0>;
+    pack(src, ld, rows, features, width, stride, dst);
 }
 
 void column_sums(const float *src, int64_t ld, int64_t rows, int64_t features, float *dst) {
@@ -168,6 +181,110 @@ void outer_row(const Gradient &d, const float *gp, const float *xp, int64_t row,
         }
         k += width;
     }
+}
+
+// -- spread outer products: blocks narrower than a vector -------------------------------------------------------------
+
+// The elements of a block lie in dvalues as vectors of L; tile: MV of those vectors in each of BV blocks.
+// dw[b] (+)= g [n][MV * L / W]^T x[b] [n][W]
+struct SpreadArgs {
+    const float *g;
+    int64_t ldg;
+    const float *const *x;
+    int64_t n;
+    float *dw;
+    int64_t block, tail;  // floats from block to block; floats of the last vector that belong to the block
+    bool first;
+};
+using SpreadTile = void (*)(const SpreadArgs &);
+
+template <int L, int W, int MV, int BV> void spread_tile(const SpreadArgs &a) {
+    using V = Vec<L>;
+    V acc[BV][MV];
+    const float *x[BV];
+    SK_UNROLL
+    for (int b = 0; b < BV; ++b) {
+        x[b] = a.x[b];
+        SK_UNROLL
+        for (int v = 0; v < MV; ++v) {
+            const float *p = a.dw + b * a.block + v * L;
+            acc[b][v] = a.first ? V{} : v + 1 < MV ? load<L>(p) : load_partial<L>(p, a.tail);
+        }
+    }
+    const float *g = a.g;
+    for (int64_t r = 0; r < a.n * W; r += W, g += a.ldg) {
+        V gv[MV];
+        SK_UNROLL
+        for (int v = 0; v < MV; ++v) gv[v] = spread<L, W>(load<L>(g + v / W * L), v % W * (L / W));
+        SK_UNROLL
+        for (int b = 0; b < BV; ++b) {
+            const V xb = repeat<L, W>(x[b] + r);
+            SK_UNROLL
+            for (int v = 0; v < MV; ++v) acc[b][v] += gv[v] * xb;
+        }
+    }
+    SK_UNROLL
+    for (int b = 0; b < BV; ++b) {
+        SK_UNROLL
+        for (int v = 0; v < MV; ++v) {
+            float *p = a.dw + b * a.block + v * L;
+            if (v + 1 < MV)
+                store<L>(p, acc[b][v]);
+            else
+                store_partial<L>(p, acc[b][v], a.tail);
+        }
+    }
+}
+
+constexpr int SPREAD_TILE = REGISTERS == 32 ? 16 : 8;  // MV * BV at most; BV is 8 at most, for want of pointers
+
+template <int L, int W, int MV, int BV> SpreadTile spread_tile_for(int64_t bv) {
+    if constexpr (BV == 1)
+        return spread_tile<L, W, MV, 1>;
+    else
+        return bv == BV ? spread_tile<L, W, MV, BV> : spread_tile_for<L, W, MV, BV - 1>(bv);
+}
+
+template <int L, int W, int MV>
+void spread_piece(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first, int64_t v0) {
+    const Layout &l = d.l;
+    constexpr int64_t limit = SPREAD_TILE / MV < 8 ? SPREAD_TILE / MV : 8;
+    const int64_t stride = block_stride(d.tile, W), tail = min64(L, d.block() - (v0 + MV - 1) * L);
+    gp += v0 * (L / W);
+    const int64_t begin = l.row_ptr[row], count = l.row_ptr[row + 1] - begin, tiles = ceil_div(count, limit);
+    for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t q = begin + count * t / tiles, blocks = begin + count * (t + 1) / tiles - q;
+        const float *x[8];
+        for (int64_t b = 0; b < blocks; ++b) x[b] = xp + l.col[q + b] * stride;
+        spread_tile_for<L, W, MV, limit>(blocks)(
+            {gp, l.bo, x, n, d.dvalues + q * d.block() + v0 * L, d.block(), tail, first});
+    }
+}
+
+template <int L, int W>
+void spread_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
+    gp += row * block_stride(d.tile, d.l.bo);
+    const int64_t vectors = ceil_div(d.block(), L);
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) spread_piece<L, W, 4>(d, gp, xp, row, n, first, v);
+    for (; v + 2 <= vectors; v += 2) spread_piece<L, W, 2>(d, gp, xp, row, n, first, v);
+    for (; v < vectors; ++v) spread_piece<L, W, 1>(d, gp, xp, row, n, first, v);
+}
+
+bool can_spread(const Layout &l) {
+    return (l.bi == 1 || l.bi == 2 || l.bi == 4 || l.bi == 8) && l.bi < LANES && l.bo * l.bi >= 8;
+}
+
+// Vectors of 8 for 2 and 4 inputs, even where 16 are to be had: broadcasting two or four floats to 512 bits costs as
+// much as the multiply-add it serves (Zen 4: 0.7 of the peak against 0.9).
+void spread_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
+    constexpr int L = LANES < 8 ? LANES : 8;
+    if (d.l.bi == 1 && d.l.bo <= L) return spread_row<L, 1>(d, gp, xp, row, n, first);
+    if (d.l.bi == 1) return spread_row<LANES, 1>(d, gp, xp, row, n, first);
+    if (d.l.bi == 2) return spread_row<L, 2>(d, gp, xp, row, n, first);
+    if constexpr (LANES > 4)
+        if (d.l.bi == 4) return spread_row<L, 4>(d, gp, xp, row, n, first);
+    if constexpr (LANES > 8) return spread_row<LANES, 8>(d, gp, xp, row, n, first);
 }
 
 // -- dot products -----------------------------------------------------------------------------------------------------
@@ -286,33 +403,36 @@ void apply_mask(const uint8_t *mask, int64_t n, float *values) {
 
 void outer_products(const Gradient &d, int threads) {
     const Layout &l = d.l;
+    const bool spread = can_spread(l);
     const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
     const int64_t x_stride = block_stride(d.tile, l.bi), g_stride = block_stride(d.tile, l.bo);
     const Scratch<float> xp(l.cols * x_stride), gp(l.rows * g_stride);
-    const int64_t chunks = ceil_div(d.tile, PACK_ROWS);
+    const int64_t chunk = l.bo == 1 || l.bi == 1 ? 16 : PACK_ROWS, chunks = ceil_div(d.tile, chunk);
     const Scratch<float> sums(d.dbias ? chunks * d.a.out_features : 0);
     const Scratch<Counter> counters(2 * tiles);
     for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
     parallel(threads, [&](const Team &team) {
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0);
-            for (int64_t c; (c = counters[2 * t].take() * PACK_ROWS) < n;) {
-                const int64_t rows = min64(PACK_ROWS, n - c);
+            for (int64_t c; (c = counters[2 * t].take() * chunk) < n;) {
+                const int64_t rows = min64(chunk, n - c);
                 const float *x = d.x + (n0 + c) * d.ldx, *dy = d.dy + (n0 + c) * d.lddy;
                 pack_blocks(x, d.ldx, rows, d.a.in_features, l.bi, x_stride, xp.get() + c * l.bi);
                 pack_blocks(dy, d.lddy, rows, d.a.out_features, l.bo, g_stride, gp.get() + c * l.bo);
-                if (d.dbias)
-                    column_sums(dy, d.lddy, rows, d.a.out_features, sums.get() + c / PACK_ROWS * d.a.out_features);
+                if (d.dbias) column_sums(dy, d.lddy, rows, d.a.out_features, sums.get() + c / chunk * d.a.out_features);
             }
             team.barrier();
             for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
                 const int64_t last = segment_begin(l, s + 1, segments);
                 for (int64_t row = segment_begin(l, s, segments); row < last; ++row)
-                    outer_row(d, gp.get(), xp.get(), row, n, t == 0);
+                    if (!spread)
+                        outer_row(d, gp.get(), xp.get(), row, n, t == 0);
+                    else
+                        spread_row(d, gp.get(), xp.get(), row, n, t == 0);
             }
             if (d.dbias && team.rank == 0)
                 for (int64_t o = 0; o < d.a.out_features; ++o)
-                    for (int64_t c = 0; c < ceil_div(n, PACK_ROWS); ++c)
+                    for (int64_t c = 0; c < ceil_div(n, chunk); ++c)
                         d.dbias[o] = sums[c * d.a.out_features + o] + (t == 0 && c == 0 ? 0.0f : d.dbias[o]);
             team.barrier();
         }
@@ -379,7 +499,7 @@ void linear_wgrad(const LinearArgs &a, const float *dy, int64_t lddy, const floa
         return;
     }
     const int threads = useful_threads(a.threads, a.m * (nnz * size + a.in_features + a.out_features));
-    const bool outer = l.bo >= 4 && l.bi > 4;
+    const bool outer = can_spread(l) || (l.bo >= 4 && l.bi > 4);
     // Tiles of x and dy share the L2 cache: 1 MB for outer products. A dot product pays one sum over lanes per tile,
     // so those tiles are taller.
     const int64_t budget = (int64_t{1} << (outer ? 18 : 19)) / (a.in_features + a.out_features);

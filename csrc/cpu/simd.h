@@ -70,6 +70,55 @@ template <int L> SK_INLINE void store_partial(float *p, Vec<L> v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
+// p[0..W) over and over: lane i is p[i % W].
+template <int L, int W> SK_INLINE Vec<L> repeat(const float *p) {
+#if defined(__AVX512F__)
+    if constexpr (L == 16 && W == 8) return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(load<8>(p))));
+    if constexpr (L == 16 && W == 4) return _mm512_broadcast_f32x4(load<4>(p));
+    if constexpr (L == 16 && W == 2) {
+        double pair;
+        __builtin_memcpy(&pair, p, sizeof pair);
+        return _mm512_castpd_ps(_mm512_set1_pd(pair));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (L == 8 && W == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(p));
+    if constexpr (L == 8 && W == 2) {
+        double pair;
+        __builtin_memcpy(&pair, p, sizeof pair);
+        return _mm256_castpd_ps(_mm256_set1_pd(pair));
+    }
+#endif
+    if constexpr (W == 1) return broadcast<L>(*p);
+    Vec<L> v = {};
+    SK_UNROLL
+    for (int i = 0; i < L; ++i) v[i] = p[i % W];
+    return v;
+}
+
+// Each of the lanes first, first + 1, ... W times: lane i is v[first + i / W].
+template <int L, int W> SK_INLINE Vec<L> spread(Vec<L> v, int first) {
+    if constexpr (W == 1) return v;
+#if defined(__AVX512F__)
+    if constexpr (L == 16) {
+        constexpr int s = W == 8 ? 3 : W == 4 ? 2 : 1;
+        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_srli_epi32(lane, s), _mm512_set1_epi32(first)), v);
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (L == 8) {
+        constexpr int s = W == 4 ? 2 : 1;
+        const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+        return _mm256_permutevar8x32_ps(v, _mm256_add_epi32(_mm256_srli_epi32(lane, s), _mm256_set1_epi32(first)));
+    }
+#endif
+    Vec<L> r = {};
+    SK_UNROLL
+    for (int i = 0; i < L; ++i) r[i] = v[first + i / W];
+    return r;
+}
+
 // transpose: r[i][j] <-> r[j][i]
 
 #if defined(__AVX512F__)
