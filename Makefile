@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
-DEMO_ARGS ?= --model mlp --data digits --compare
+DEMO_ARGS ?= --recipe demo --compare --out runs/demo --overwrite
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python

@@ -7,6 +7,7 @@ TORCH_CUDA_ARCH_LIST names the GPU architectures.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -66,15 +67,22 @@ def job_count(cuda: bool) -> int:
     return max(1, int(min(cores, available_gib() / (NVCC_GIB if cuda else CXX_GIB))))
 
 
-def pip_script(name: str) -> str | None:
-    """A tool of the build environment, which is not on PATH when the environment's Python is called by its path."""
-    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+def find_tool(name: str, folder: str) -> str | None:
+    """The ``cmake`` or ``ninja`` that pip installed for this build, else one on PATH.
+
+    The wheel of that name knows where its programs are (``folder``): an environment's scripts need not be on PATH.
+    """
+    try:
+        place = getattr(importlib.import_module(name), folder)
+    except (ImportError, AttributeError):
+        place = Path(sys.executable).parent
+    return shutil.which(name, path=str(place)) or shutil.which(name)
 
 
 def run_cmake(prefix: Path, cuda: bool) -> dict[str, Any]:
     """Configure, build and install ``_C`` into ``prefix``; returns the facts CMake wrote about the build."""
     build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
-    cmake, ninja = pip_script("cmake"), pip_script("ninja")
+    cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
     if cmake is None:
         raise RuntimeError("cmake was not found; run: pip install cmake ninja pybind11")
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
@@ -158,7 +166,7 @@ class BuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         build_native(target.parent)
         if not target.exists():
-            self.extensions.clear()  # the fall-back to pure Python: nothing to install
+            self.extensions = []  # the fall-back to pure Python: nothing to install
 
 
 if MODE not in MODES:
