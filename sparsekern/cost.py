@@ -1,9 +1,9 @@
 """What a sparse layer will cost against its dense twin: tuned entries first, then a model fitted to measurements.
 
 Model of one training step of a layer (forward, dgrad, wgrad):
-``dense = F / R + o_d`` and ``sparse = F * stored / (R * e) + bytes / B + o_s`` with F the dense FLOPs, R and B the rates of
-this processor, ``e`` the efficiency of the block shape and ``o`` the overhead of the calls. ``e``, R, B and o come from
-``backends/tables/*.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
+``dense = F / R + o_d`` and ``sparse = F * stored / (R * e) + bytes / B + o_s`` with F the dense FLOPs, R and B the
+rates of this processor, ``e`` the efficiency of the block shape and ``o`` the overhead of the calls. ``e``, R, B and o
+come from ``backends/tables/*.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class BlockGrid:
         object.__setattr__(self, "block", as_block(self.block))
         if len(self.weight_shape) not in (2, 4) or min(self.weight_shape) < 1:
             raise ValueError(
-                f"weight shape: expected [O, I] or [O, C/g, R, S] with sizes of 1 and more, got {list(self.weight_shape)}"
+                f"weight shape: expected [O, I] or [O, C/g, R, S], sizes 1 and more, got {list(self.weight_shape)}"
             )
         if self.groups < 1 or self.weight_shape[0] % self.groups:
             raise ValueError(f"groups: expected a divisor of {self.weight_shape[0]} output channels, got {self.groups}")
@@ -213,9 +213,10 @@ class BlockLayout:
         """
         if tuple(row_ptr.shape) != (grid.rows + 1,) or col.dim() != 1:
             raise ValueError(
-                f"row_ptr, col: expected [{grid.rows + 1}] and [capacity], got {list(row_ptr.shape)} and {list(col.shape)}"
+                f"row_ptr, col: expected [{grid.rows + 1}] and [capacity], "
+                f"got {list(row_ptr.shape)} and {list(col.shape)}"
             )
-        _, ob, t, ib = grid.shape
+        _, _, t, ib = grid.shape
         ptr = row_ptr.to(torch.int64)
         nnz, width = int(ptr[-1]), t * ib
         lengths = ptr.diff()
@@ -372,4 +373,6 @@ class BlockLayout:
             raise ValueError(f"corrupt layout: {error}") from None
         for name in IndexView.__dataclass_fields__:
             if not torch.equal(getattr(v, name), getattr(fresh, name)):
-                raise ValueError(f"corrupt layout: {name} does not follow from row_ptr and col; rebuild it with from_rows")
+                raise ValueError(
+                    f"corrupt layout: {name} does not follow from row_ptr and col; rebuild it with from_rows"
+                )

@@ -142,7 +142,7 @@ class SparseModule(nn.Module):
             layout = self.layout
             stored = layout.from_dense(weight.to(device=self.values.device, dtype=self.values.dtype))
             if self.element_mask is not None:
-                        stored = stored * bits.unpack(self.element_mask, self.block)
+                stored = stored * bits.unpack(self.element_mask, self.block)
             if rescale:
                 stored = stored / math.sqrt(max(float(self.mask.float().mean()), 1e-12))
             self.values.copy_(stored)
@@ -201,8 +201,8 @@ class SparseModule(nn.Module):
         row_ptr, col, masked = (state_dict.get(prefix + name) for name in names)
         if prefix + "weight" in state_dict and row_ptr is None:
             error_msgs.append(
-                f"{prefix[:-1]}: expected the state dict of a sparse module (values, row_ptr, col), got a dense `weight`; "
-                "use sparsekern.load_dense_state_dict(model, state_dict)"
+                f"{prefix[:-1]}: expected the state dict of a sparse module (values, row_ptr, col), got a dense "
+                "`weight`; use sparsekern.load_dense_state_dict(model, state_dict)"
             )
             return
         if row_ptr is None or col is None:
@@ -235,8 +235,8 @@ class SparseModule(nn.Module):
             return
         if self._started():
             raise ValueError(
-                f"expected a checkpoint with {self.layout.capacity} block slots, got {layout.capacity}, and training has "
-                "started, so the optimizer holds the old Parameter; load before building the optimizer"
+                f"expected a checkpoint with {self.layout.capacity} block slots, got {layout.capacity}, and training "
+                "has started, so the optimizer holds the old Parameter; load before building the optimizer"
             )
         if values is not None and tuple(values.shape) != (layout.capacity, *self.block):
             raise ValueError(f"expected values {[layout.capacity, *self.block]}, got {list(values.shape)}")
@@ -414,7 +414,16 @@ class SparseConv2d(SparseModule):
     ) -> None:
         super().__init__()
         shell = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device="meta"
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device="meta",
         )
         self._copy_geometry(shell)
         grid = BlockGrid(tuple(shell.weight.shape), as_block(block), groups)

@@ -22,7 +22,8 @@ from sparsekern.layout import BlockGrid, BlockLayout
 _LIBRARY = torch.library.Library("sparsekern", "DEF")
 _CONV = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 _LIBRARY.define(
-    "linear(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_features, Tensor? element_mask=None) -> Tensor"
+    "linear(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_features, "
+    "Tensor? element_mask=None) -> Tensor"
 )
 _LIBRARY.define("linear_dgrad(Tensor dy, Tensor values, Tensor index, SymInt in_features) -> Tensor")
 _LIBRARY.define(
@@ -34,7 +35,8 @@ _LIBRARY.define(
     "Tensor? element_mask=None) -> Tensor"
 )
 _LIBRARY.define(
-    f"conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[4] input_shape, bool channels_last, {_CONV}) -> Tensor"
+    "conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[4] input_shape, bool channels_last, "
+    f"{_CONV}) -> Tensor"
 )
 _LIBRARY.define(
     f"conv2d_wgrad(Tensor dy, Tensor x, Tensor index, SymInt capacity, SymInt bo, SymInt bi, {_CONV}, bool with_bias, "
@@ -51,7 +53,9 @@ def _grid(weight_shape: tuple[int, ...], block: tuple[int, int], groups: int) ->
 
 @functools.lru_cache(maxsize=4096)
 def _geometry(stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]) -> ConvGeometry:
-    return ConvGeometry((stride[0], stride[1]), (padding[0], padding[1], padding[2], padding[3]), (dilation[0], dilation[1]))
+    return ConvGeometry(
+        (stride[0], stride[1]), (padding[0], padding[1], padding[2], padding[3]), (dilation[0], dilation[1])
+    )
 
 
 def _block(values: Tensor) -> tuple[int, int]:
@@ -189,19 +193,25 @@ def _fake_image(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
 
 
 @torch.library.register_fake("sparsekern::conv2d", lib=_LIBRARY)
-def _(x, values, index, bias, out_channels, kernel_size, stride, padding, dilation, groups, element_mask=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, values, index, bias, out_channels, kernel_size, stride, padding, dilation, groups, element_mask=None
+):
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
     p, q = geometry.output_size(x.shape[2], x.shape[3], kernel_size)
     return _fake_image(x, (x.shape[0], out_channels, p, q), is_channels_last(x))
 
 
 @torch.library.register_fake("sparsekern::conv2d_dgrad", lib=_LIBRARY)
-def _(dy, values, index, input_shape, channels_last, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    dy, values, index, input_shape, channels_last, kernel_size, stride, padding, dilation, groups
+):
     return _fake_image(dy, tuple(input_shape), channels_last)
 
 
 @torch.library.register_fake("sparsekern::conv2d_wgrad", lib=_LIBRARY)
-def _(dy, x, index, capacity, bo, bi, kernel_size, stride, padding, dilation, groups, with_bias, element_mask=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    dy, x, index, capacity, bo, bi, kernel_size, stride, padding, dilation, groups, with_bias, element_mask=None
+):
     return dy.new_empty(capacity, bo, bi), dy.new_empty(dy.shape[1] if with_bias else 0)
 
 
@@ -210,8 +220,8 @@ def _(dy, x, index, capacity, bo, bi, kernel_size, stride, padding, dilation, gr
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(
-        "sparsekern: expected a first-order backward, got a request to differentiate through it (double backward is not "
-        "implemented); use sparsekern.densify_ on the model for second-order methods"
+        "sparsekern: expected a first-order backward, got a request to differentiate through it (double backward is "
+        "not implemented); use sparsekern.densify_ on the model for second-order methods"
     )
 
 
@@ -264,17 +274,13 @@ def _conv2d_backward(ctx: Any, dy: Tensor, dgrad: Any, wgrad: Any) -> tuple[Any,
 
 torch.library.register_autograd(
     "sparsekern::linear",
-    lambda ctx, dy: _linear_backward(
-        ctx, dy, torch.ops.sparsekern.linear_dgrad, torch.ops.sparsekern.linear_wgrad
-    ),
+    lambda ctx, dy: _linear_backward(ctx, dy, torch.ops.sparsekern.linear_dgrad, torch.ops.sparsekern.linear_wgrad),
     setup_context=_setup_linear,
     lib=_LIBRARY,
 )
 torch.library.register_autograd(
     "sparsekern::conv2d",
-    lambda ctx, dy: _conv2d_backward(
-        ctx, dy, torch.ops.sparsekern.conv2d_dgrad, torch.ops.sparsekern.conv2d_wgrad
-    ),
+    lambda ctx, dy: _conv2d_backward(ctx, dy, torch.ops.sparsekern.conv2d_dgrad, torch.ops.sparsekern.conv2d_wgrad),
     setup_context=_setup_conv2d,
     lib=_LIBRARY,
 )
@@ -314,7 +320,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 @register_flop_formula([torch.ops.sparsekern.linear, torch.ops.sparsekern.linear_dgrad])
-def _linear_flops(x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any) -> int:
+def _linear_flops(
+    x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any
+) -> int:
     return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
 
 
@@ -361,6 +369,9 @@ def _conv2d_wgrad_flops(
 # -- what users call ---------------------------------------------------------------------------------------------------
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _traced(x: Tensor, values: Tensor) -> bool:
     """Whether something watches the dispatcher, which the direct path would hide from it."""
     return (
@@ -368,16 +379,12 @@ def _traced(x: Tensor, values: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or x.device.type == "meta"
-        or type(x) is not Tensor
-        and type(x) is not torch.nn.Parameter
-        or type(values) is not torch.nn.Parameter
-        and type(values) is not Tensor
+        or type(x) not in _PLAIN
+        or type(values) not in _PLAIN
     )
 
 
-def _autocast(
-    x: Tensor, values: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+def _autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """Operands in autocast's dtype and the context that switches autocast off for the call."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
@@ -395,11 +402,13 @@ def _check(what: str, x: Tensor, values: Tensor, layout: BlockLayout, bias: Tens
         )
     if x.dtype != values.dtype:
         raise TypeError(
-            f"{what}: expected x and values of one dtype, got {x.dtype} and {values.dtype}; cast one or use torch.autocast"
+            f"{what}: expected x and values of one dtype, got {x.dtype} and {values.dtype}; "
+            "cast one or use torch.autocast"
         )
     if not (x.device == values.device == layout.index.device):
         raise ValueError(
-            f"{what}: expected x, values and layout on one device, got {x.device}, {values.device}, {layout.index.device}"
+            f"{what}: expected x, values and layout on one device, "
+            f"got {x.device}, {values.device}, {layout.index.device}"
         )
     if bias is not None and tuple(bias.shape) != (grid.weight_shape[0],):
         raise ValueError(f"{what}: expected bias [{grid.weight_shape[0]}], got {list(bias.shape)}")
@@ -510,7 +519,8 @@ def sparse_conv2d(
     pad = _padding4(padding, grid.kernel_size, steps, spread)
     if min(*steps, *spread) < 1 or min(pad) < 0:
         raise ValueError(
-            f"sparse_conv2d: expected positive stride and dilation and padding of 0 or more, got {steps}, {spread}, {pad}"
+            "sparse_conv2d: expected positive stride and dilation and padding of 0 or more, "
+            f"got {steps}, {spread}, {pad}"
         )
     p, q = ConvGeometry(steps, pad, spread).output_size(x.shape[2], x.shape[3], grid.kernel_size)
     if p < 1 or q < 1:

@@ -264,9 +264,7 @@ class _Planner:
             missing = [name for name in shapes if name not in self.calls]
             if missing:
                 raise ValueError(f'budget="macs": the example input never reaches {missing[0]}; exclude it')
-            macs = {
-                n: float(tracing.macs_per_example(self.calls[n], s, self.batch)) for n, s in shapes.items()
-            }
+            macs = {n: float(tracing.macs_per_example(self.calls[n], s, self.batch)) for n, s in shapes.items()}
         if isinstance(cfg.allocation, str) and cfg.allocation in allocation.SCORE_SCHEMES:
             scores = allocation.compute_scores(
                 self.model,
@@ -278,7 +276,9 @@ class _Planner:
                 sparsity=cfg.sparsity,
                 seed=cfg.seed,
             )
-            found = allocation.densities_from_scores(scores, cfg.sparsity, costs=macs)  # block_counts lifts to one block
+            found = allocation.densities_from_scores(
+                scores, cfg.sparsity, costs=macs
+            )  # block_counts lifts to one block
         else:
             convs = [c.name for c in self.candidates if c.kind == "conv2d"]
             scheme: str | Mapping[str, float] = cfg.allocation
@@ -429,7 +429,7 @@ def _hand_over(
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if not any(old in held for old in swapped):
         raise ValueError(
-            "optimizer: expected one that holds the model's weights, got one with none of them; pass the optimizer that "
+            "optimizer: expected one that holds the model's weights, got one with none of them; pass the one that "
             "was built from this model"
         )
     for group in optimizer.param_groups:
@@ -503,5 +503,7 @@ def explain(model: nn.Module) -> str:
         bo, bi = module.block
         lines.append(f"{name}: {op} block {bo}x{bi} {w.dtype} on {w.device.type} -> {chosen}")
         for candidate, reason in backend_candidates(desc):
-            lines.append(f"    {candidate}: {reason or ('chosen' if candidate == chosen else 'possible, not preferred')}")
+            lines.append(
+                f"    {candidate}: {reason or ('chosen' if candidate == chosen else 'possible, not preferred')}"
+            )
     return "\n".join(lines) or "no sparse layers"

@@ -17,9 +17,7 @@ _SPARSE_KEYS = ("values", "row_ptr", "col", "element_mask", "masked")
 
 def _sparse_modules(model: nn.Module) -> dict[str, SparseModule]:
     return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, SparseModule)
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, SparseModule)
     }
 
 
@@ -69,7 +67,8 @@ def load_dense_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], st
     missing += list(result.missing_keys)
     if strict and (missing or result.unexpected_keys):
         raise RuntimeError(
-            f"load_dense_state_dict: missing keys {missing or 'none'}, unexpected keys {result.unexpected_keys or 'none'}"
+            f"load_dense_state_dict: missing keys {missing or 'none'}, "
+            f"unexpected keys {result.unexpected_keys or 'none'}"
         )
     for name, weight in weights.items():
         sparse[name].load_dense_(weight)
@@ -108,7 +107,8 @@ def restore_(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = Tru
         shape = tuple(dense.weight.shape)  # type: ignore[union-attr, arg-type]
         if hasattr(dense, "nf"):  # Transformers' Conv1D stores [I, O]
             shape = shape[::-1]
-        grid = BlockGrid(shape, (values.shape[1], values.shape[2]), getattr(dense, "groups", 1))  # type: ignore[arg-type]
+        block = (values.shape[1], values.shape[2])
+        grid = BlockGrid(shape, block, getattr(dense, "groups", 1))  # type: ignore[arg-type]
         layout = BlockLayout.from_rows(grid, state_dict[f"{name}.row_ptr"].cpu(), state_dict[f"{name}.col"].cpu())
         sparse = to_sparse(dense, layout.mask(), grid.block, capacity=layout.capacity)
         replace_module(model, dense, sparse)

@@ -60,7 +60,9 @@ def tune(
     return found
 
 
-def measure(dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int, seconds: float = SECONDS_PER_LAYER) -> float:
+def measure(
+    dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int, seconds: float = SECONDS_PER_LAYER
+) -> float:
     """Median over interleaved rounds of dense time over sparse time, forward and backward, on random data."""
     dense = _without_hooks(dense)
     block_mask = make_block_masks({"layer": grid}, {"layer": count}, seed=0)["layer"]

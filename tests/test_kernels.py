@@ -207,7 +207,9 @@ def test_linear_anything(data):
     layout = random_layout(
         grid, data.draw(st.floats(0, 1)), seed=data.draw(st.integers(0, 99)), spare=data.draw(st.integers(0, 2))
     )
-    check_linear(layout, data.draw(st.integers(0, 70)), bias=data.draw(st.booleans()), x_slice=data.draw(st.integers(0, 3)))
+    check_linear(
+        layout, data.draw(st.integers(0, 70)), bias=data.draw(st.booleans()), x_slice=data.draw(st.integers(0, 3))
+    )
 
 
 @given(data=st.data())

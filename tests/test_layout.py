@@ -44,7 +44,9 @@ def test_index_by_plain_loops(shape, block, groups):
     layout = random_layout(grid, 0.4, seed=1, spare=2)
     mask, v = layout.block_mask(), layout.view
     g_, ob, taps, ib = grid.shape
-    rows = [[t * ib + j for t in range(taps) for j in range(ib) if mask[g, o, t, j]] for g in range(g_) for o in range(ob)]
+    rows = [
+        [t * ib + j for t in range(taps) for j in range(ib) if mask[g, o, t, j]] for g in range(g_) for o in range(ob)
+    ]
     assert [v.col[v.row_ptr[r] : v.row_ptr[r + 1]].tolist() for r in range(grid.rows)] == rows
     assert v.row[: layout.nnz].tolist() == [r for r, cols in enumerate(rows) for _ in cols]
     columns = [
@@ -111,7 +113,9 @@ def test_from_rows_round_trip_and_digest():
     assert torch.equal(again.index, layout.index)
     assert again.digest() == layout.digest()
     other = copy.deepcopy(layout)
-    other.update_(~layout.block_mask() if layout.grid.blocks - layout.nnz <= layout.capacity else layout.block_mask() * 0)
+    other.update_(
+        ~layout.block_mask() if layout.grid.blocks - layout.nnz <= layout.capacity else layout.block_mask() * 0
+    )
     assert other.digest() != layout.digest()
 
 

@@ -44,7 +44,11 @@ CASES = [("linear", s) for s in LINEAR] + [("conv2d", s) for s in CONVS]
 @pytest.mark.parametrize(("kind", "spec"), CASES, ids=str)
 def test_twin_equals_masked_dense(kind, spec):
     dense, sparse, mask = pair(kind, spec)
-    x = torch.randn(4, 37 if spec == LINEAR[0] else dense.weight.shape[1]) if kind == "linear" else torch.randn(3, 8, 9, 10)
+    x = (
+        torch.randn(4, 37 if spec == LINEAR[0] else dense.weight.shape[1])
+        if kind == "linear"
+        else torch.randn(3, 8, 9, 10)
+    )
     assert torch.equal(sparse.mask, mask)
     y, expected = sparse(x), dense(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
@@ -57,7 +61,16 @@ def test_twin_equals_masked_dense(kind, spec):
     assert type(back) is type(dense)
     assert torch.equal(back.weight, dense.weight)
     assert repr(back) == repr(dense)
-    for name in ("in_features", "out_features", "in_channels", "stride", "padding", "dilation", "groups", "padding_mode"):
+    for name in (
+        "in_features",
+        "out_features",
+        "in_channels",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ):
         assert getattr(sparse, name, None) == getattr(dense, name, None)
     torch.testing.assert_close(sparse.weight.detach().as_subclass(torch.Tensor), dense.weight.detach())
 
@@ -91,13 +104,14 @@ def test_adopts_what_a_user_set():
 
 
 def test_weight_reads_like_a_tensor_and_refuses_writes():
-    _, layer, mask = pair("linear", LINEAR[0])
+    _, layer, _ = pair("linear", LINEAR[0])
     weight = layer.weight
     assert weight.shape == (50, 37)
     (layer.weight * torch.ones(50, 37)).sum().backward()
     assert layer.values.grad is not None
     writes = [
-        lambda w: w.zero_(), lambda w: w.data.zero_(), lambda w: w.detach().zero_(), lambda w: w.copy_(torch.ones(50, 37)), lambda w: w.mul_(2),
+        lambda w: w.zero_(), lambda w: w.data.zero_(), lambda w: w.detach().zero_(),
+        lambda w: w.copy_(torch.ones(50, 37)), lambda w: w.mul_(2),
         lambda w: nn.init.kaiming_uniform_(w), lambda w: w.__setitem__(0, 1.0), lambda w: w.__imul__(2.0),
     ]  # fmt: skip
     for write in writes:
@@ -219,7 +233,7 @@ def test_constructors_and_repr():
 
 
 def test_masked_compute_equals_sparse():
-    _, layer, mask = pair("linear", LINEAR[0])
+    _, layer, _ = pair("linear", LINEAR[0])
     x = torch.randn(5, 37)
     y = layer(x)
     (grad,) = torch.autograd.grad(y.square().sum(), layer.values)

@@ -17,7 +17,12 @@ FORCED = {"below_break_even": "sparse"}
 
 def mlp(width=128):
     return nn.Sequential(
-        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 10)
+        nn.Linear(64, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.Linear(width, 10),
     )
 
 
@@ -81,7 +86,9 @@ def test_macs_of_a_plan_are_per_example():
     assert by_name["11"].macs_dense == 640
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "uniform+", "er", "erk", "erk+", "igq", "balanced", "lamp", "magnitude"])
+@pytest.mark.parametrize(
+    "allocation", ["uniform", "uniform+", "er", "erk", "erk+", "igq", "balanced", "lamp", "magnitude"]
+)
 @pytest.mark.parametrize("pattern", ["random", "balanced", "butterfly"])
 def test_sparsify_reaches_the_density(allocation, pattern):
     model = mlp()
@@ -249,7 +256,9 @@ def test_masks_of_torch_prune():
 
 def test_optimizer_gets_the_new_parameters_and_their_state():
     model = mlp()
-    optimizer = torch.optim.AdamW([{"params": model[2].parameters(), "lr": 0.5}, {"params": model[4].parameters()}], lr=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": model[2].parameters(), "lr": 0.5}, {"params": model[4].parameters()}], lr=0.1
+    )
     x = torch.randn(8, 64)
     model(x).square().mean().backward()
     optimizer.step()
@@ -299,7 +308,9 @@ def test_restore_from_a_checkpoint():
     model = mlp()
     sk.sparsify_(model, sk.SparsityConfig(sparsity=0.8, block=(8, 4), capacity=1.3, **FORCED))
     dense_compute = mlp()
-    assert sk.sparsify_(dense_compute, sk.SparsityConfig(sparsity=0.05, block=1, below_break_even="masked")).totals()["masked"]
+    assert sk.sparsify_(dense_compute, sk.SparsityConfig(sparsity=0.05, block=1, below_break_even="masked")).totals()[
+        "masked"
+    ]
     assert sk.restore_(mlp(), dense_compute.state_dict())[2].masked
     x = torch.randn(5, 64)
     train(model, x)

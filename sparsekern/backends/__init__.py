@@ -52,9 +52,7 @@ class Backend(Protocol):
     def unsupported(self, desc: OpDesc) -> str | None:
         """Why this backend can't do ``desc``, or None."""
 
-    def linear_forward(
-        self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid
-    ) -> Tensor:
+    def linear_forward(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid) -> Tensor:
         """x [M, I] -> y [M, O]."""
 
     def linear_dgrad(self, dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
