@@ -150,7 +150,7 @@ void run_phase(const Gather &g, const Task &task, const Window &window, const Co
     const int64_t width = target.direct ? g.out.w * g.h.out_phases : plan.width;
     const int64_t step = target.direct ? g.w.out_phases : 1;
     if (g.by_channels)
-        plan_lines(task, columns[fw], window.pitch, window.unit, width * target.ld, step * target.ld, plan);
+        plan_lines(task, columns[fw], window.pitch, window.pixel, width * target.ld, step * target.ld, plan);
     else
         plan_vectors(g, task, width, target.direct, plan);
 
@@ -161,7 +161,9 @@ void run_phase(const Gather &g, const Task &task, const Window &window, const Co
         const int32_t *start = lists.list(g, global, fh * g.w.out_phases + fw, 0);
         const float *bias = g.bias ? g.bias + channel + row * g.bm : nullptr;
         for (int64_t n = 0; n < task.images; ++n) {
-            const float *x = space.window + n * window.image;
+            const float *x = g.in_place ? g.in.at(task.image + n, task.group * g.in_per_group,
+                                                  task.top * g.h.in_phases, task.left * g.w.in_phases)
+                                        : space.window + n * window.image;
             float *y = target.direct ? g.out.at(task.image + n, channel + row * g.bm, task.top * g.h.out_phases + fh,
                                                 task.left * g.w.out_phases + fw)
                                      : space.buffer + n * target.image +
@@ -183,7 +185,7 @@ void run_phase(const Gather &g, const Task &task, const Window &window, const Co
 int64_t count_steps(const Gather &g, const Task &task) {
     const int64_t rows = (task.row1 - task.row0) * task.images * g.phases();
     if (g.by_channels)
-        return rows * (g.h.tile + 4) * ceil_div(g.w.tile, g.bm > LANES ? CHANNEL_PIXELS[2] : CHANNEL_PIXELS[1]) *
+        return rows * g.h.tile * max64(1, g.w.tile / (g.bm > LANES ? CHANNEL_PIXELS[2] : CHANNEL_PIXELS[1])) *
                ceil_div(g.bm, 2 * LANES);
     int log_bm = 0;
     while (log_bm < MAX_LOG_BM && 2 << log_bm <= g.bm) ++log_bm;
@@ -199,11 +201,11 @@ void prefetch_input(const Gather &g, const Task &task, int64_t steps, Prefetch &
 void run_task(const Gather &g, const Task &task, const Window &window, const Columns *columns, const Lists &lists,
               const Target &target, Workspace &space, int64_t images) {
     const int64_t tile_key = task.top * (g.w.grid + 1) + task.left;
-    if (space.zeroed_for != tile_key) {
+    if (!g.in_place && space.zeroed_for != tile_key) {
         memset(space.window, 0, sizeof(float) * size_t(window.image * images));
         space.zeroed_for = tile_key;
     }
-    for (int64_t n = 0; n < task.images; ++n)
+    for (int64_t n = 0; !g.in_place && n < task.images; ++n)
         copy_in(g.in, task.image + n, task.group * g.in_per_group, g.in_per_group, g.h, g.w, task.top, task.left,
                 window, space.window + n * window.image);
     for (int64_t fh = 0; fh < g.h.out_phases; ++fh)
@@ -219,7 +221,20 @@ void run(Gather &g, const float *values) {
     choose_tile(g.h, g.w, g.in_per_group, n * l.groups, threads);
     g.by_channels = use_channels(g);
     g.lanes = choose_lanes(g.w.tile);
-    const Window window(g.h, g.w, g.in_per_group, g.by_channels ? g.bk : 1);
+    Scratch<Columns> columns(g.w.out_phases);
+    // Taps outside the image must be left out exactly, and int32 offsets reach.
+    g.in_place = g.by_channels && g.in.channels_last && g.in.h * g.in.w * g.in.c < INT32_MAX / 2;
+    if (getenv("SK_COPY")) g.in_place = false;
+    int64_t spans = 1;
+    for (int64_t fw = 0; fw < g.w.out_phases; ++fw) {
+        columns[fw].count = cut_spans(g.w, fw, 0, g.w.out_count(fw), columns[fw].spans,
+                                      g.by_channels ? MAX_COLUMN_SPANS : 0);
+        spans = max64(spans, columns[fw].count);
+        for (int64_t s = 0; s < g.w.taps && columns[fw].count == 1; ++s)
+            g.in_place &= g.w.out_phase(s) != fw || (g.w.inside(s, 0) && g.w.inside(s, g.w.out_count(fw) - 1));
+    }
+    const Window window = g.in_place ? Window(g.h, g.w, g.in, g.bk)
+                                     : Window(g.h, g.w, g.in_per_group, g.by_channels ? g.bk : 1);
 
     const int64_t tiles = g.h.tiles() * g.w.tiles();
     const int64_t room = tiles == 1 ? WINDOW_BUDGET / window.image : 1;
@@ -229,20 +244,13 @@ void run(Gather &g, const float *values) {
     const int64_t shares = units < threads ? min64(g.rows, ceil_div(2 * threads, units)) : 1;
     const int64_t share = ceil_div(g.rows, shares);
 
-    Scratch<Columns> columns(g.w.out_phases);
-    int64_t spans = 1;
-    for (int64_t fw = 0; fw < g.w.out_phases; ++fw) {
-        columns[fw].count = cut_spans(g.w, fw, 0, g.w.out_count(fw), columns[fw].spans,
-                                      g.by_channels ? MAX_COLUMN_SPANS : 0);
-        spans = max64(spans, columns[fw].count);
-    }
     const int64_t starts_per_list = g.h.taps + 1;
     Scratch<Entry> entries(l.nnz() * spans);
     Scratch<int32_t> starts(l.groups * g.rows * g.phases() * spans * starts_per_list);
     const Lists lists{entries.get(), starts.get(), spans, starts_per_list};
 
     const Target target(g, share * g.bm);
-    const int64_t window_size = images * window.image, buffer_size = images * target.image;
+    const int64_t window_size = g.in_place ? 0 : images * window.image, buffer_size = images * target.image;
     const int64_t vectors = g.by_channels ? 0 : g.h.tile * ceil_div(g.w.tile, g.lanes);
     const int64_t lines = g.by_channels ? MAX_COLUMN_SPANS * g.h.tile : 0;
     Scratch<float> buffers(threads * (window_size + buffer_size));
@@ -317,6 +325,7 @@ void conv2d_forward(const Conv2dArgs &a, const float *x, const float *values, co
              {},
              bias,
              false,
+             false,
              0};
     run(g, values);
 }
@@ -340,6 +349,7 @@ void conv2d_dgrad(const Conv2dArgs &a, const float *dy, const float *values, flo
              l.t_perm,
              {},
              nullptr,
+             false,
              false,
              0};
     run(g, values);

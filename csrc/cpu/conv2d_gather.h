@@ -23,6 +23,7 @@ struct Gather {
     Weights weights;
     const float *bias;
     bool by_channels;  // vectors along output channels instead of pixels
+    bool in_place;     // reads the image itself instead of a copy
     int lanes;
 
     int64_t phases() const { return h.out_phases * w.out_phases; }

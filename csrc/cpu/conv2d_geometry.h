@@ -53,26 +53,6 @@ struct Dim {
     }
 };
 
-// Copy of the part of an image that one tile reads, zero outside the image: [image][channel / unit][phase][row]
-// [column][unit], unit = 1 (planes: kernels with vectors along pixels) or the block's channels (kernels with vectors
-// along channels). A vector may read up to LANES floats past the last column.
-struct Window {
-    int64_t unit, units;  // channels side by side, and how many such groups
-    int64_t pitch, plane, group, image;
-
-    Window(const Dim &h, const Dim &w, int64_t channels, int64_t unit) : unit(unit), units(ceil_div(channels, unit)) {
-        pitch = w.extent() * unit;
-        plane = h.extent() * pitch;
-        // An odd number of cache lines: channels a power of two apart would fall into few sets of the L1 cache.
-        group = (ceil_div(h.in_phases * w.in_phases * plane + LANES, 16) | 1) * 16;
-        image = units * group;
-    }
-    int64_t tap(const Dim &h, const Dim &w, int64_t r, int64_t s) const {
-        return (h.in_phase(r) * w.in_phases + w.in_phase(s)) * plane + (h.shift(r) - h.low) * pitch +
-               (w.shift(s) - w.low) * unit;
-    }
-};
-
 // An image tensor [N, C, H, W] in either memory order; channel 0 is the first of one group.
 template <class T> struct Image {
     T *data;
@@ -81,6 +61,35 @@ template <class T> struct Image {
 
     T *at(int64_t n, int64_t channel, int64_t y, int64_t x) const {
         return channels_last ? data + ((n * h + y) * w + x) * c + channel : data + ((n * c + channel) * h + y) * w + x;
+    }
+};
+
+// Where the kernels find the part of the input that one tile reads: a copy, zero outside the image, laid out as [image]
+// [channel / unit][phase][row][column][unit], unit = 1 (planes: vectors along pixels) or the block's channels (vectors
+// along channels); or a channels_last image itself, for kernels that leave out every tap outside the image.
+// A vector may read up to LANES floats past the last column of a copy.
+struct Window {
+    int64_t unit;   // channels side by side in a copy, 0 without one
+    int64_t pixel, pitch, plane;  // floats between columns, between rows, of one phase of a copy
+    int64_t group, image;         // floats between groups of `unit` channels or blocks, and between images
+    int64_t phase_h, phase_w, low_h, low_w;
+
+    Window(const Dim &h, const Dim &w, int64_t channels, int64_t unit) : unit(unit), pixel(unit) {
+        pitch = w.extent() * unit;
+        plane = h.extent() * pitch;
+        // An odd number of cache lines: channels a power of two apart would fall into few sets of the L1 cache.
+        group = (ceil_div(h.in_phases * w.in_phases * plane + LANES, 16) | 1) * 16;
+        image = ceil_div(channels, unit) * group;
+        phase_w = plane, phase_h = w.in_phases * plane;
+        low_h = h.low, low_w = w.low;
+    }
+    Window(const Dim &h, const Dim &w, const Image<const float> &in, int64_t block)
+        : unit(0), pixel(w.in_phases * in.c), pitch(h.in_phases * in.w * in.c), plane(0), group(block),
+          image(in.h * in.w * in.c), phase_h(in.w * in.c), phase_w(in.c), low_h(0), low_w(0) {}
+
+    int64_t tap(const Dim &h, const Dim &w, int64_t r, int64_t s) const {
+        return h.in_phase(r) * phase_h + w.in_phase(s) * phase_w + (h.shift(r) - low_h) * pitch +
+               (w.shift(s) - low_w) * pixel;
     }
 };
 

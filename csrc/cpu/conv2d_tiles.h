@@ -125,14 +125,19 @@ static void channel_tile(const Entry *entry, const Entry *end, const float *x, i
         for (int v = 0; v < VM; ++v) __builtin_prefetch(y + p * y_step + v * L, 1, 3);
     }
     for (; entry < end; ++entry) {
-        const float *w = weights.data + entry->slot * weights.block, *in = x + entry->x;
-        for (int64_t k = 0; k < entry->depth; ++k, ++in, w += weights.ld) {
+        const float *w = weights.data + entry->slot * weights.block;
+        // Three pixels to a pointer, [at], [at + step] and [at + 2 step] being addresses that an instruction can form;
+        // with one offset for each pixel the compiler runs out of registers.
+        const float *in[(PX + 2) / 3];
+        SK_UNROLL
+        for (int p = 0; p < PX; p += 3) in[p / 3] = x + entry->x + p * x_step;
+        for (int64_t k = 0; k < entry->depth; ++k, w += weights.ld) {
             Vec<L> wv[VM];
             SK_UNROLL
             for (int v = 0; v < VM; ++v) wv[v] = load<L>(w + v * L);
             SK_UNROLL
             for (int p = 0; p < PX; ++p) {
-                const Vec<L> b = broadcast<L>(in[p * x_step]);
+                const Vec<L> b = broadcast<L>(in[p / 3][k + p % 3 * x_step]);
                 SK_UNROLL
                 for (int v = 0; v < VM; ++v) acc[p][v] += b * wv[v];
             }
