@@ -7,6 +7,7 @@ operator with autograd costs 50 us). Under ``torch.compile``, export, functorch 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _linear(
     grid = _grid((out_features, x.shape[-1]), _block(values), 1)
     kernel = select("linear", x, grid.block)
     y = kernel.linear_forward(x.reshape(-1, x.shape[-1]), values, index, bias, grid)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, in_features: int) -> Tensor:
@@ -442,12 +443,13 @@ def sparse_linear(
         )
     x, values, bias, off = _autocast(x, values, bias)
     _check("sparse_linear", x, values, layout, bias)
-    call = torch.ops.sparsekern.linear if _traced(x, values) else _Linear.apply
-    args = (x, values, layout.index, bias, grid.weight_shape[0], element_mask)
-    if off is None:
-        return call(*args)
-    with off:
-        return call(*args)
+    with off if off is not None else contextlib.nullcontext():
+        if _traced(x, values):
+            return torch.ops.sparsekern.linear(x, values, layout.index, bias, grid.weight_shape[0], element_mask)
+        # Flattened out here: a view made inside an autograd.Function could not be written in place (inplace ReLU).
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = _Linear.apply(rows, values, layout.index, bias, grid.weight_shape[0], element_mask)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], grid.weight_shape[0])
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
@@ -536,7 +538,5 @@ def sparse_conv2d(
     args = (
         x, values, layout.index, bias, grid.weight_shape[0], grid.kernel_size, steps, pad, spread, groups, element_mask,
     )  # fmt: skip
-    if off is None:
-        return call(*args)
-    with off:
+    with off if off is not None else contextlib.nullcontext():
         return call(*args)

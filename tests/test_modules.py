@@ -256,3 +256,18 @@ def test_gradient_checkpointing_and_vmap_free_paths():
     (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
     (again,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("shape", [(5, 37), (2, 5, 37), (37,)])
+def test_output_may_be_changed_in_place(shape):
+    """An inplace ReLU after the layer, the most common neighbour of all."""
+    _, layer, _ = pair("linear", LINEAR[0])
+    x = torch.randn(shape)
+    nn.ReLU(inplace=True)(layer(x)).sum().backward()
+    grad = layer.values.grad.clone()
+    layer.zero_grad()
+    nn.ReLU()(layer(x)).sum().backward()
+    assert torch.equal(layer.values.grad, grad)
+    _, conv, _ = pair("conv2d", CONVS[0])
+    nn.ReLU(inplace=True)(conv(torch.randn(2, 8, 5, 5))).sum().backward()
+    nn.ReLU(inplace=True)(conv(torch.randn(8, 5, 5))).sum().backward()
