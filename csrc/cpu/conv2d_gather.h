@@ -23,7 +23,6 @@ struct Gather {
     Weights weights;
     const float *bias;
     bool by_channels;  // vectors along output channels instead of pixels
-    bool in_place;     // reads the image itself instead of a copy
     int lanes;
 
     int64_t phases() const { return h.out_phases * w.out_phases; }
@@ -131,8 +130,8 @@ static void plan_vectors(const Gather &g, const Task &task, int64_t y_row, bool 
 }
 
 // Vectors along channels: lines along rows, along columns where the rows are short.
-static void plan_lines(const Task &task, const Columns &columns, int64_t x_row, int64_t x_col,
-                       int64_t y_row, int64_t y_col, TilePlan &plan) {
+static void plan_lines(const Task &task, const Columns &columns, int64_t x_row, int64_t x_col, int64_t y_row,
+                       int64_t y_col, TilePlan &plan) {
     plan.line_count = 0;
     for (int64_t b = 0; b < plan.band_count; ++b)
         for (int64_t c = 0; c < columns.count; ++c) {
@@ -144,12 +143,12 @@ static void plan_lines(const Task &task, const Columns &columns, int64_t x_row, 
             const int64_t x = i0 * x_row + j0 * x_col, y = i0 * y_row + j0 * y_col;
             if (width < 4 && height > width)
                 for (int64_t j = 0; j < width; ++j)
-                    plan.lines[plan.line_count++] = {y + j * y_col, y_row,     x + j * x_col, x_row,
-                                                     height,        c,         band.tap0,     band.tap1};
+                    plan.lines[plan.line_count++] = {y + j * y_col, y_row, x + j * x_col, x_row,
+                                                     height,        c,     band.tap0,     band.tap1};
             else
                 for (int64_t i = 0; i < height; ++i)
-                    plan.lines[plan.line_count++] = {y + i * y_row, y_col,     x + i * x_row, x_col,
-                                                     width,         c,         band.tap0,     band.tap1};
+                    plan.lines[plan.line_count++] = {y + i * y_row, y_col, x + i * x_row, x_col,
+                                                     width,         c,     band.tap0,     band.tap1};
         }
 }
 

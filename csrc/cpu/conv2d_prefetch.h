@@ -10,7 +10,7 @@ namespace sparsekern {
 namespace SK_ISA {
 
 class Prefetch {
-  public:
+public:
     // The part of an image tensor that a tile covers: rows y0 .. y1 of `channels` channels of `images` images.
     template <class T>
     void start(const Image<T> &image, int64_t n, int64_t images, int64_t first, int64_t channels, int64_t y0,
@@ -43,7 +43,7 @@ class Prefetch {
         left_ -= min64(per_step_, left_);
     }
 
-  private:
+private:
     const char *at_ = nullptr;
     int64_t segment_ = 0, stride_ = 0, segments_ = 0, position_ = 0, left_ = 0, per_step_ = 0;
 };

@@ -91,10 +91,14 @@ template <int L, int LOG_BM, int PV = PIXEL_VECTORS[LOG_BM]> SK_INLINE PixelTile
 }
 template <int L> static PixelTile pick_pixel_tile(int log_bm, int64_t vectors) {
     switch (log_bm) {
-    case 0: return pick_vectors<L, 0>(vectors);
-    case 1: return pick_vectors<L, 1>(vectors);
-    case 2: return pick_vectors<L, 2>(vectors);
-    default: return pick_vectors<L, REGISTERS == 32 ? 3 : 2>(vectors);
+    case 0:
+        return pick_vectors<L, 0>(vectors);
+    case 1:
+        return pick_vectors<L, 1>(vectors);
+    case 2:
+        return pick_vectors<L, 2>(vectors);
+    default:
+        return pick_vectors<L, REGISTERS == 32 ? 3 : 2>(vectors);
     }
 }
 constexpr int MAX_LOG_BM = REGISTERS == 32 ? 3 : 2;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "conv2d_geometry.h"
+#include "conv2d_prefetch.h"
 #include "conv2d_tiles.h"
 
 namespace sparsekern {
@@ -19,11 +20,11 @@ struct Wgrad {
     Dim h, w;
     Image<const float> x, dy;
     int64_t out_per_group, in_per_group;
-    bool outer;         // outer products over channel blocks, else dot products over planes
-    int lanes;          // of dot products
-    int64_t dy_pitch;   // pixels of a row of the copy of dy
-    int64_t dy_plane;   // floats of one channel or channel block of it
-    int64_t images;     // in one unit
+    bool outer;        // outer products over channel blocks, else dot products over planes
+    int lanes;         // of dot products
+    int64_t dy_pitch;  // pixels of a row of the copy of dy
+    int64_t dy_plane;  // floats of one channel or channel block of it
+    int64_t images;    // in one unit
     int64_t batches, units, parts;
 };
 
@@ -36,6 +37,12 @@ struct WgradSpace {
     float *x, *dy;
     DotVector *vectors;
     int64_t zeroed_for;
+    Prefetch next_x, next_dy;
+
+    void prefetch() {
+        next_x.step<0>();
+        next_dy.step<0>();
+    }
 };
 
 Unit unit_at(const Wgrad &g, int64_t index) {
@@ -80,8 +87,8 @@ void copy_dy(const Wgrad &g, const Unit &u, int64_t n, int64_t first, int64_t ch
 }
 
 template <int L, int LOG_BM>
-void dot_rows(const Wgrad &g, const Unit &u, const Window &window, const WgradSpace &space, const float *dy,
-              int64_t row, int64_t m0, int64_t m1, float *sums) {
+void dot_rows(const Wgrad &g, const Unit &u, const Window &window, WgradSpace &space, const float *dy, int64_t row,
+              int64_t m0, int64_t m1, float *sums) {
     constexpr int BM = 1 << LOG_BM, BC = DOT_TILE / BM;
     const Layout &l = g.args.layout;
     const int64_t per_row = ceil_div(u.width, L);
@@ -92,6 +99,7 @@ void dot_rows(const Wgrad &g, const Unit &u, const Window &window, const WgradSp
     int count = 0;
     int64_t begin = u.height, end = 0;
     const auto flush = [&] {
+        space.prefetch();
         if (end > begin)
             for (int64_t m = m0; m < m1; m += BM) {
                 for (int c = count; c < BC; ++c) column[c] = column[0];
@@ -121,8 +129,8 @@ void dot_rows(const Wgrad &g, const Unit &u, const Window &window, const WgradSp
 }
 
 template <int L>
-void dot_block_row(const Wgrad &g, const Unit &u, const Window &window, const WgradSpace &space, const float *dy,
-                   int64_t row, int64_t channels, float *sums) {
+void dot_block_row(const Wgrad &g, const Unit &u, const Window &window, WgradSpace &space, const float *dy, int64_t row,
+                   int64_t channels, float *sums) {
     int64_t m = 0;
     if constexpr (MAX_LOG_DOT == 2) {
         if (channels >= 4) dot_rows<L, 2>(g, u, window, space, dy, row, 0, channels & ~int64_t{3}, sums);
@@ -143,7 +151,7 @@ int64_t outer_rows(const PixelBlock &dy, const PixelBlock &x, const Unit &u, int
     return m;
 }
 
-void outer_block_row(const Wgrad &g, const Unit &u, const Window &window, const WgradSpace &space, const float *dy,
+void outer_block_row(const Wgrad &g, const Unit &u, const Window &window, WgradSpace &space, const float *dy,
                      int64_t row, int64_t channels, float *sums) {
     const Layout &l = g.args.layout;
     for (int64_t slot = l.row_ptr[row]; slot < l.row_ptr[row + 1]; ++slot) {
@@ -157,6 +165,7 @@ void outer_block_row(const Wgrad &g, const Unit &u, const Window &window, const 
         PixelBlock x{space.x + block * window.group + window.tap(g.h, g.w, r, s) + i0 * window.pitch + j0 * l.bi, l.bi,
                      window.pitch, window.image};
         float *dw = sums + slot * l.bo * l.bi;
+        space.prefetch();
         int64_t k = 0;
         for (; k + 2 * LANES <= l.bi; k += 2 * LANES, x.data += 2 * LANES) {
             int64_t m = outer_rows<REGISTERS == 32 ? 12 : 6, 2>(gy, x, u, i1 - i0, j1 - j0, 0, channels, dw + k, l.bi);
@@ -219,12 +228,25 @@ void run_unit(const Wgrad &g, const Unit &u, const Window &window, int64_t group
     for (int64_t row = row0; row < row1; ++row) {
         const float *dy = space.dy + row * dy_blocks * g.dy_plane;
         const int64_t count = min64(l.bo, g.out_per_group - row * l.bo);
-        const auto run = g.outer                   ? &outer_block_row
-                         : g.lanes == LANES        ? &dot_block_row<LANES>
-                                                   : &dot_block_row<LANES == 16 ? 8 : LANES>;
+        const auto run = g.outer                        ? &outer_block_row
+                         : g.lanes == LANES             ? &dot_block_row<LANES>
+                         : &dot_block_row < LANES == 16 ? 8
+                                                        : LANES > ;
         run(g, u, window, space, dy, group * l.rows + row, count, sums);
         if (bias_sums) add_bias_sums(g, u, dy, count, bias_sums + group * g.out_per_group + row * l.bo);
     }
+}
+
+// Fetches what a unit reads while the one before it is computed: between dot tiles, or between blocks.
+void prefetch_unit(const Wgrad &g, const Unit &u, int64_t group, int64_t row0, int64_t row1, WgradSpace &space) {
+    const Layout &l = g.args.layout;
+    const int64_t blocks = l.row_ptr[group * l.rows + row1] - l.row_ptr[group * l.rows + row0];
+    const int64_t columns = DOT_TILE >> (l.bo >= 4 ? MAX_LOG_DOT : l.bo >= 2 ? 1 : 0);
+    const int64_t steps = g.outer ? blocks : blocks * l.bi / columns;
+    space.next_x.start(g.x, u.image, u.images, group * g.in_per_group, g.in_per_group,
+                       (u.top + g.h.low) * g.h.in_phases, (u.top + g.h.tile + g.h.high) * g.h.in_phases, steps);
+    space.next_dy.start(g.dy, u.image, u.images, group * g.out_per_group + row0 * l.bo,
+                        min64(g.out_per_group, row1 * l.bo) - row0 * l.bo, u.top, u.top + u.height, steps);
 }
 
 // dvalues[i] = sum of the parts, in order, where the mask keeps the element.
@@ -241,6 +263,8 @@ void add_parts(const Wgrad &g, const float *sums, int64_t begin, int64_t end, co
     }
 }
 
+// Measured at 90 %, 3 x 3: outer products are 0 to 10 % faster than dot products on images of 16 and more columns, and
+// 50 % at 8, where they leave out the taps outside the image.
 bool use_outer(const Layout &l) {
     return l.bi % LANES == 0 && l.bo >= 8;
 }
@@ -282,7 +306,13 @@ void conv2d_wgrad(const Conv2dArgs &a, const float *dy, const float *x, const ui
             a.o / l.groups,
             a.c / l.groups,
             use_outer(l),
-            0, 0, 0, 0, 0, 0, 0};
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0};
     if (a.n == 0 || a.p == 0 || a.q == 0) {
         memset(dvalues, 0, sizeof(float) * size_t(total));
         if (dbias) memset(dbias, 0, sizeof(float) * size_t(a.o));
@@ -303,8 +333,12 @@ void conv2d_wgrad(const Conv2dArgs &a, const float *dy, const float *x, const ui
     Scratch<float> bias_sums(dbias ? g.parts * a.o : 0);
     Counter counter;
     parallel(threads, [&](const Team &team) {
-        WgradSpace space{copies.get() + team.rank * (x_size + dy_size), nullptr,
-                         all_vectors.get() + team.rank * vectors, -1};
+        WgradSpace space{copies.get() + team.rank * (x_size + dy_size),
+                         nullptr,
+                         all_vectors.get() + team.rank * vectors,
+                         -1,
+                         {},
+                         {}};
         space.dy = space.x + x_size;
         for (int64_t t = counter.take(); t < g.parts * l.groups * shares; t = counter.take()) {
             const int64_t part = t / shares / l.groups, group = t / shares % l.groups;
@@ -315,8 +349,11 @@ void conv2d_wgrad(const Conv2dArgs &a, const float *dy, const float *x, const ui
             memset(part_sums + slot0 * l.bo * l.bi, 0, sizeof(float) * size_t((slot1 - slot0) * l.bo * l.bi));
             const int64_t first = row0 * l.bo, last = min64(g.out_per_group, row1 * l.bo);
             if (dbias) memset(part_bias + group * g.out_per_group + first, 0, sizeof(float) * size_t(last - first));
-            for (int64_t u = g.units * part / g.parts; u < g.units * (part + 1) / g.parts; ++u)
+            const int64_t last_unit = g.units * (part + 1) / g.parts;
+            for (int64_t u = g.units * part / g.parts; u < last_unit; ++u) {
+                if (u + 1 < last_unit) prefetch_unit(g, unit_at(g, u + 1), group, row0, row1, space);
                 run_unit(g, unit_at(g, u), window, group, row0, row1, space, part_sums, part_bias);
+            }
         }
         team.barrier();
         add_parts(g, sums.get(), total * team.rank / team.size, total * (team.rank + 1) / team.size, element_mask,
