@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,23 +37,45 @@ class BlockGrid:
         weight_shape: ``(O, I)`` of a linear weight or ``(O, C/g, R, S)`` of a convolution weight.
         block: ``(bo, bi)``, output by input features of one block.
         groups: convolution groups, 1 for a linear weight.
+        kernel_size: ``(R, S)``; ``(1, 1)`` for a linear weight.
+        shape: ``(G, Ob, T, Ib)``.
+        rows: block rows over all groups.
+        t_rows: rows of the transposed layout: block columns over all groups.
+        blocks: blocks of the full grid, stored or not.
     """
 
     weight_shape: tuple[int, ...]
     block: tuple[int, int]
     groups: int = 1
+    # Derived once: every call of an operator reads them.
+    kernel_size: tuple[int, int] = field(init=False, repr=False, compare=False)
+    shape: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
+    rows: int = field(init=False, repr=False, compare=False)
+    t_rows: int = field(init=False, repr=False, compare=False)
+    blocks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_shape", tuple(int(n) for n in self.weight_shape))
-        object.__setattr__(self, "block", as_block(self.block))
-        if len(self.weight_shape) not in (2, 4) or min(self.weight_shape) < 1:
+        weight, (bo, bi) = tuple(int(n) for n in self.weight_shape), as_block(self.block)
+        if len(weight) not in (2, 4) or min(weight) < 1:
             raise ValueError(
                 f"weight shape: expected [O, I] or [O, C/g, R, S], sizes 1 and more, got {list(self.weight_shape)}"
             )
-        if self.groups < 1 or self.weight_shape[0] % self.groups:
-            raise ValueError(f"groups: expected a divisor of {self.weight_shape[0]} output channels, got {self.groups}")
-        if len(self.weight_shape) == 2 and self.groups != 1:
+        if self.groups < 1 or weight[0] % self.groups:
+            raise ValueError(f"groups: expected a divisor of {weight[0]} output channels, got {self.groups}")
+        if len(weight) == 2 and self.groups != 1:
             raise ValueError(f"groups: a linear weight has 1 group, got {self.groups}")
+        taps = (weight[2], weight[3]) if len(weight) == 4 else (1, 1)
+        ob, ib = -(-weight[0] // self.groups // bo), -(-weight[1] // bi)
+        for name, value in (
+            ("weight_shape", weight),
+            ("block", (bo, bi)),
+            ("kernel_size", taps),
+            ("shape", (self.groups, ob, taps[0] * taps[1], ib)),
+            ("rows", self.groups * ob),
+            ("t_rows", self.groups * ib),
+            ("blocks", self.groups * ob * taps[0] * taps[1] * ib),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def out_per_group(self) -> int:
@@ -62,34 +84,6 @@ class BlockGrid:
     @property
     def in_per_group(self) -> int:
         return self.weight_shape[1]
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """``(R, S)``; ``(1, 1)`` for a linear weight."""
-        return (self.weight_shape[2], self.weight_shape[3]) if len(self.weight_shape) == 4 else (1, 1)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """``(G, Ob, T, Ib)``."""
-        bo, bi = self.block
-        r, s = self.kernel_size
-        return self.groups, -(-self.out_per_group // bo), r * s, -(-self.in_per_group // bi)
-
-    @property
-    def rows(self) -> int:
-        """Block rows over all groups."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def t_rows(self) -> int:
-        """Rows of the transposed layout: block columns over all groups."""
-        return self.shape[0] * self.shape[3]
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of the full grid, stored or not."""
-        g, ob, t, ib = self.shape
-        return g * ob * t * ib
 
     def index_size(self, capacity: int) -> int:
         """Elements of the packed buffer for ``capacity`` block slots."""

@@ -23,7 +23,8 @@ def unsupported(desc: OpDesc) -> str | None:
 
 def _rows(x: Tensor) -> Tensor:
     """x [M, K] in fp32 with contiguous features; a copy only where the strides don't allow it."""
-    x = x.to(torch.float32)
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
     usable = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     return x if usable or x.shape[0] == 0 else x.contiguous()
 
@@ -34,7 +35,7 @@ def _image(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+    return (tensor if tensor.dtype is torch.float32 else tensor.to(torch.float32)).contiguous()
 
 
 def _ptr(tensor: Tensor | None) -> int:
@@ -56,7 +57,7 @@ def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None
     native.load().linear_forward(
         args, rows.data_ptr(), rows.stride(0), stored.data_ptr(), _ptr(b), y.data_ptr(), y.stride(0)
     )
-    return y.to(x.dtype)
+    return y if x.dtype is y.dtype else y.to(x.dtype)
 
 
 def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
@@ -64,7 +65,7 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> 
     dx = torch.empty(dy.shape[0], grid.weight_shape[1])
     args = _linear_args(grid, index, dy.shape[0])
     native.load().linear_dgrad(args, rows.data_ptr(), rows.stride(0), stored.data_ptr(), dx.data_ptr(), dx.stride(0))
-    return dx.to(dy.dtype)
+    return dx if dy.dtype is dx.dtype else dx.to(dy.dtype)
 
 
 def linear_wgrad(
@@ -84,7 +85,7 @@ def linear_wgrad(
         dvalues.data_ptr(),
         dbias.data_ptr() if with_bias else 0,
     )
-    return dvalues.to(dy.dtype), dbias.to(dy.dtype)
+    return (dvalues, dbias) if dy.dtype is dvalues.dtype else (dvalues.to(dy.dtype), dbias.to(dy.dtype))
 
 
 def _conv2d_args(
@@ -124,7 +125,7 @@ def conv2d_forward(
     y = _empty_image((x.shape[0], grid.weight_shape[0], p, q), last)
     args = _conv2d_args(grid, index, geometry, x.shape, last)
     native.load().conv2d_forward(args, image.data_ptr(), stored.data_ptr(), _ptr(b), y.data_ptr())
-    return y.to(x.dtype)
+    return y if x.dtype is y.dtype else y.to(x.dtype)
 
 
 def conv2d_dgrad(
@@ -140,7 +141,7 @@ def conv2d_dgrad(
     dx = _empty_image(input_shape, channels_last)
     args = _conv2d_args(grid, index, geometry, input_shape, channels_last)
     native.load().conv2d_dgrad(args, image.data_ptr(), stored.data_ptr(), dx.data_ptr())
-    return dx.to(dy.dtype)
+    return dx if dy.dtype is dx.dtype else dx.to(dy.dtype)
 
 
 def conv2d_wgrad(
@@ -165,4 +166,4 @@ def conv2d_wgrad(
         dvalues.data_ptr(),
         dbias.data_ptr() if with_bias else 0,
     )
-    return dvalues.to(dy.dtype), dbias.to(dy.dtype)
+    return (dvalues, dbias) if dy.dtype is dvalues.dtype else (dvalues.to(dy.dtype), dbias.to(dy.dtype))
