@@ -228,6 +228,15 @@ def test_a_sparse_run_counts_stored_weights_only() -> None:
     assert dense.params == 2 * 64 * 64 + rest and dense.macs == 2 * 64 * 64 + 640
 
 
+def test_tests_as_often_as_asked(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, epochs=5, eval_every=2, test_subset=100)
+    assert len(load_task(config).test.split) == 100
+    result = train(config, tmp_path)
+    epochs = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert ["test_acc" in line for line in epochs] == [False, True, False, True, True]
+    assert result.test_acc == epochs[-1]["test_acc"]
+
+
 def test_validation_and_the_best_epoch(tmp_path: Path) -> None:
     result = train(dataclasses.replace(TINY, subset=0, val_split=0.2, epochs=3), tmp_path)
     epochs = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "epoch"]

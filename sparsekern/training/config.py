@@ -18,8 +18,6 @@ import yaml
 
 from sparsekern.training.errors import ConfigError
 
-Block = int | tuple[int, int] | str
-
 
 @dataclass(frozen=True)
 class Option:
@@ -75,6 +73,7 @@ class TrainConfig:
     noise_kind: str = _field("symmetric", _MODEL, "Which wrong label a replaced one gets.", metavar="KIND")
     val_split: float = _field(0.0, _MODEL, "Fraction of the training set held out for validation.", low=0.0, below=1.0)
     subset: int = _field(0, _MODEL, "Train on this many samples only; 0 is all.", low=0)
+    test_subset: int = _field(0, _MODEL, "Test on this many samples only; 0 is all.", low=0)
 
     epochs: int = _field(10, _OPTIM, "Passes over the training set.", low=0)
     steps: int = _field(0, _OPTIM, "Optimizer steps; overrides epochs when above 0.", low=0)
@@ -95,7 +94,9 @@ class TrainConfig:
     clip_norm: float = _field(0.0, _OPTIM, "Clip the gradient norm to this; 0 is off.", low=0.0)
 
     sparsity: float = _field(0.9, _SPARSE, "Fraction of weights (or MACs) removed; 0 trains dense.", low=0.0, below=1.0)
-    block: Block = _field("auto", _SPARSE, "Block size: auto, B or BOxBI; 1 is unstructured.", metavar="auto|B|BOxBI")
+    block: int | tuple[int, int] | str = _field(
+        "auto", _SPARSE, "Block size: auto, B or BOxBI; 1 is unstructured.", metavar="auto|B|BOxBI"
+    )
     allocation: str = _field("erk", _SPARSE, "How sparsity is spread over layers (erk, uniform, ...).")
     budget: str = _field("params", _SPARSE, "What sparsity counts.", choices=("params", "macs"))
     pattern: str = _field(
@@ -121,6 +122,7 @@ class TrainConfig:
     channels_last: bool = _field(False, _RUN, "channels_last memory of images and convolutions.")
     compile: bool = _field(False, _RUN, "torch.compile the model.")
     log_every: int = _field(50, _RUN, "Steps between lines of metrics.jsonl.", low=1)
+    eval_every: int = _field(1, _RUN, "Epochs between tests; the last epoch is always tested.", low=1)
     checkpoint_every: int = _field(0, _RUN, "Steps between checkpoints; 0 is off.", low=0, operational=True)
     checkpoint_minutes: float = _field(10.0, _RUN, "Minutes between checkpoints; 0 is off.", low=0.0, operational=True)
 
@@ -141,7 +143,7 @@ class TrainConfig:
         return self.lr or {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
 
     @property
-    def block_value(self) -> Block:
+    def block_value(self) -> int | tuple[int, int] | str:
         """``"auto"``, an int or ``(bo, bi)``, as :class:`sparsekern.SparsityConfig` takes it."""
         if self.block == "auto":
             return "auto"

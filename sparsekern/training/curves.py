@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
-from typing import Any
 
 from sparsekern.training.metrics import read_metrics
 
@@ -30,10 +30,18 @@ def plot_curves(runs: Mapping[str, str | os.PathLike[str]], path: str | os.PathL
         lines = read_metrics(Path(folder) / "metrics.jsonl")
         intervals = [line for line in lines if line["kind"] == "interval"]
         epochs = [line for line in lines if line["kind"] == "epoch"]
-        loss.plot([i["step"] for i in intervals], [i["loss"] for i in intervals], color=colour, label=label)
-        steps = [e["step"] for e in epochs]
-        accuracy.plot(steps, [_percent(e.get("test_acc")) for e in epochs], color=colour, marker=".", label=label)
-        accuracy.plot(steps, [_percent(e.get("train_acc")) for e in epochs], color=colour, linestyle=":", linewidth=1)
+        loss.plot(
+            [i["step"] for i in intervals],
+            [nan if i["loss"] is None else i["loss"] for i in intervals],
+            color=colour,
+            label=label,
+        )
+        tested = [e for e in epochs if e.get("test_acc") is not None]
+        accuracy.plot(
+            [e["step"] for e in tested], [100 * e["test_acc"] for e in tested], color=colour, marker=".", label=label
+        )
+        trained = [100 * e["train_acc"] for e in epochs]
+        accuracy.plot([e["step"] for e in epochs], trained, color=colour, linestyle=":", linewidth=1)
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     accuracy.set(xlabel="step", ylabel="accuracy [%] (solid: test, dotted: train)")
     for axes in (loss, accuracy):
@@ -41,7 +49,3 @@ def plot_curves(runs: Mapping[str, str | os.PathLike[str]], path: str | os.PathL
         axes.legend()
     figure.savefig(path, dpi=120)
     return True
-
-
-def _percent(value: Any) -> float:
-    return float("nan") if value is None else 100.0 * float(value)

@@ -44,11 +44,13 @@ from sparsekern.training.task import Task, evaluate, load_task
 
 @dataclass
 class TrainResult:
-    """What a run ended with. Accuracies are fractions; times are means over this process in seconds.
+    """What a run ended with. Accuracies are fractions; times are means in seconds over this process, without its
+    first step.
 
     Attributes:
         test_acc_at_best_val: test accuracy after the epoch of the best validation accuracy, None without validation.
-        step_seconds: data, forward, backward, optimizer and total of one step.
+        step_seconds: data, forward, backward, optimizer and total of one step; on CUDA, where waiting for the device
+            between them would slow training down, total only.
         layers: layers per state.
         macs: multiply-accumulates per sample.
         resumed_from: step of the checkpoint that this process started from, None for a fresh run.
@@ -218,6 +220,7 @@ class _Run:
         self.phase_steps = 0
         self.run_phases = dict(self.phases)
         self.run_steps = 0
+        self.run_wall = 0.0
         self.metrics: MetricsLog | None = None
         self.metrics_offset: int = saved["metrics_offset"] if saved is not None else 0
         if saved is not None:
@@ -333,7 +336,9 @@ class _Run:
 
     def _spend(self, phase: str, seconds: float) -> None:
         self.phases[phase] += seconds
-        self.run_phases[phase] += seconds
+        # The first step of a process compiles, allocates and starts threads: it does not count in the run's means.
+        if self.run_steps or self.total == 1:
+            self.run_phases[phase] += seconds
 
     def _log_interval(self) -> None:
         loss, accuracy = self.interval.means()
@@ -345,39 +350,57 @@ class _Run:
         now = time.monotonic()
         then, step_then = self.tick
         rate = (self.step_number - step_then) / max(now - then, 1e-9)
+        self.run_wall += now - then
         self.tick = (now, self.step_number)
         self._write(
             "interval",
             loss=loss,
             train_acc=accuracy,
             lr=self.optimizer.param_groups[0]["lr"],
-            step_ms={name: 1e3 * seconds / max(1, self.phase_steps) for name, seconds in self.phases.items()},
+            step_ms=self._split(self.phases, max(1, self.phase_steps), 1e3 / max(rate, 1e-9), scale=1e3),
         )
         self.reporter.step(self.step_number, loss, accuracy, rate)
         self.interval = _Sums.zero(self.device)
         self.phases = dict.fromkeys(self.phases, 0.0)
         self.phase_steps = 0
 
+    def _split(self, phases: dict[str, float], steps: int, wall: float, scale: float = 1.0) -> dict[str, float]:
+        """Mean times of one step; ``wall`` is its total where the phases only measure launches."""
+        if self.device.type != "cpu":
+            return {"total": wall}
+        means = {name: scale * seconds / steps for name, seconds in phases.items()}
+        return {**means, "total": sum(means.values())}
+
     def _end_epoch(self) -> None:
         loss, accuracy = self.epoch.means()
         self.epoch = _Sums.zero(self.device)
         self.last.update(train_loss=loss, train_acc=accuracy)
+        now: dict[str, float | None] = {"train_loss": loss, "train_acc": accuracy}
+        epoch = self.step_number // self.per_epoch
+        if self.step_number == self.total or epoch % self.config.eval_every == 0:
+            now.update(self._test())
+        seconds = self._seconds()
+        self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **now)
+        accuracies = "  ".join(
+            f"{split} {100 * value:.2f} %"
+            for split in ("train", "val", "test")
+            if (value := now.get(f"{split}_acc")) is not None
+        )
+        self.reporter.line(
+            f"{self._prefix()}epoch {self.step_number / self.per_epoch:.4g}/{self.total / self.per_epoch:.4g}  "
+            f"loss {loss:.4f}  {accuracies}  {seconds:.1f} s"
+        )
+        self.tick = (time.monotonic(), self.step_number)
+
+    def _test(self) -> dict[str, float | None]:
         test_loss, test_acc = evaluate(self.step, self.task.test)
         self.last.update(test_loss=test_loss, test_acc=test_acc)
         if self.task.val is not None:
-            loss_on_val, on_val = evaluate(self.step, self.task.val)
-            self.last.update(val_loss=loss_on_val, val_acc=on_val)
-            if on_val > (self.last.get("best_val_acc") or -1.0):
-                self.last.update(best_val_acc=on_val, test_acc_at_best_val=test_acc)
-        seconds = self._seconds()
-        self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **self.last)
-        val_acc = self.last.get("val_acc")
-        val = f"  val {100 * val_acc:.2f} %" if val_acc is not None else ""
-        self.reporter.line(
-            f"{self._prefix()}epoch {self.step_number / self.per_epoch:g}/{self.total / self.per_epoch:g}  "
-            f"loss {loss:.4f}  train {100 * accuracy:.2f} %{val}  test {100 * test_acc:.2f} %  {seconds:.1f} s"
-        )
-        self.tick = (time.monotonic(), self.step_number)
+            val_loss, val_acc = evaluate(self.step, self.task.val)
+            self.last.update(val_loss=val_loss, val_acc=val_acc)
+            if val_acc > (self.last.get("best_val_acc") or -1.0):
+                self.last.update(best_val_acc=val_acc, test_acc_at_best_val=test_acc)
+        return self.last
 
     def _write(self, kind: str, **values: Any) -> None:
         if self.metrics is not None:
@@ -427,8 +450,7 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         size = self.network.size()
-        steps = max(1, self.run_steps)
-        means = {name: seconds / steps for name, seconds in self.run_phases.items()}
+        steps = max(1, self.run_steps - (self.total > 1))
         result = TrainResult(
             config=self.config,
             steps=self.step_number,
@@ -438,7 +460,7 @@ class _Run:
             macs=size["macs"],
             layers=size["layers"],
             seconds=self._seconds(),
-            step_seconds={**means, "total": sum(means.values())},
+            step_seconds=self._split(self.run_phases, steps, self.run_wall / max(1, self.run_steps)),
             threads=torch.get_num_threads(),
             resumed_from=self.resumed_from,
             folder=self.folder,

@@ -65,7 +65,7 @@ def load_task(config: TrainConfig) -> Task:
         config.data,
         config.data_dir,
         val=config.val_split,
-        subset={"train": config.subset} if config.subset else None,
+        subset={split: n for split, n in (("train", config.subset), ("test", config.test_subset)) if n},
         label_noise=config.label_noise,
         noise_kind=config.noise_kind,
         seed=config.seed,
