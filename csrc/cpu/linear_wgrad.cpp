@@ -289,109 +289,80 @@ void spread_row(const Gradient &d, const float *gp, const float *xp, int64_t row
 
 // -- dot products -----------------------------------------------------------------------------------------------------
 
-int64_t feature_stride(int64_t rows) {
-    return round_up(rows, LANES) + 16;  // not a power of two, for the same reason
-}
-
-// part [m * ldm + at[j]] (vectors) = g[m] . x[j], one partial sum per lane
-using DotTile = void (*)(const float *g, const float *const *x, int64_t ld, int64_t n, float *part, const int64_t *at,
-                         int64_t ldm);
-
-template <int BM, int BN>
-void dot_tile(const float *g, const float *const *x, int64_t ld, int64_t n, float *part, const int64_t *at,
-              int64_t ldm) {
+// Sums over n batch rows of g[i] x[j] for BM * BN == LANES pairs; lane i * BN + j
+template <int BM, int BN> Vec<LANES> dot_tile(const float *const *g, const float *const *x, int64_t n) {
     using V = Vec<LANES>;
-    V acc[BM][BN] = {};
-    const float *xp[BN];
+    static_assert(BM * BN == LANES);
+    constexpr int P = BN < 8 ? BN : 8;  // columns at a time: there are no registers for more pointers
+    V acc[LANES] = {};
     SK_UNROLL
-    for (int j = 0; j < BN; ++j) xp[j] = x[j];
-    for (int64_t r = 0; r < n; r += LANES) {
-        V gv[BM];
+    for (int begin = 0; begin < BN; begin += P) {
+        const float *gp[BM], *xp[P];
         SK_UNROLL
-        for (int i = 0; i < BM; ++i) gv[i] = load<LANES>(g + i * ld + r);
+        for (int i = 0; i < BM; ++i) gp[i] = g[i];
         SK_UNROLL
-        for (int j = 0; j < BN; ++j) {
-            const V xv = load<LANES>(xp[j] + r);
+        for (int j = 0; j < P; ++j) xp[j] = x[begin + j];
+        for (int64_t r = 0; r < n; r += LANES) {
+            V gv[BM];
             SK_UNROLL
-            for (int i = 0; i < BM; ++i) acc[i][j] += gv[i] * xv;
+            for (int i = 0; i < BM; ++i) gv[i] = load<LANES>(gp[i] + r);
+            SK_UNROLL
+            for (int j = 0; j < P; ++j) {
+                const V xv = load<LANES>(xp[j] + r);
+                SK_UNROLL
+                for (int i = 0; i < BM; ++i) acc[i * BN + begin + j] += gv[i] * xv;
+            }
         }
     }
-    SK_UNROLL
-    for (int i = 0; i < BM; ++i) {
-        SK_UNROLL
-        for (int j = 0; j < BN; ++j) store<LANES>(part + (i * ldm + at[j]) * LANES, acc[i][j]);
-    }
+    return sum_lanes<LANES>(acc);
 }
 
-constexpr int DOT_ONE = REGISTERS == 32 ? 8 : 6, DOT_TWO = REGISTERS == 32 ? 8 : 4;  // columns of tiles 1 and 2 high
-constexpr int DOT_TALL = REGISTERS == 32 ? 4 : 3;                                    // tallest tile and its columns
-
-template <int BM, int BN> DotTile dot_tile_for(int64_t bn) {
-    if constexpr (BN == 1)
-        return dot_tile<BM, 1>;
-    else
-        return bn == BN ? dot_tile<BM, BN> : dot_tile_for<BM, BN - 1>(bn);
-}
-
-DotTile dot_tile_for(int64_t bm, int64_t bn) {
-    if (bm == 1) return dot_tile_for<1, DOT_ONE>(bn);
-    if (bm == 2) return dot_tile_for<2, DOT_TWO>(bn);
-    if (bm == 3) return dot_tile_for<3, DOT_TALL>(bn);
-    return dot_tile_for<DOT_TALL, DOT_TALL>(bn);
-}
-
-// Partial sums of consecutive elements of dvalues, one vector each, waiting for the sum over their lanes.
-struct Partials {
-    float *part, *dvalues;
-    int64_t begin, count;  // elements of dvalues held
-    bool first;
-
-    static constexpr int64_t LIMIT = 512;
-
-    void flush() {
-        for (int64_t e = 0; e < count; e += LANES) {
-            const int64_t width = min64(LANES, count - e);
-            Vec<LANES> v[LANES];
-            SK_UNROLL
-            for (int i = 0; i < LANES; ++i) v[i] = load<LANES>(part + (e + i) * LANES);
-            float *out = dvalues + begin + e;
-            Vec<LANES> s = sum_lanes<LANES>(v);
-            if (!first) s += load_partial<LANES>(out, width);
-            store_partial<LANES>(out, s, width);
-        }
-        begin += count;
-        count = 0;
-    }
-};
-
-void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, Partials &partials) {
+// One block row in tiles of BM outputs x BN columns (the inputs of its blocks, one after another). Short tiles repeat
+// their last output or column and drop what comes of it.
+template <int BM, int BN>
+void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
     const Layout &l = d.l;
-    const int64_t ld = feature_stride(d.tile), run = max64(1, Partials::LIMIT / d.block());
-    const int64_t last = l.row_ptr[row + 1];
+    const int64_t ld = block_stride(d.tile, 1), q0 = l.row_ptr[row], columns = (l.row_ptr[row + 1] - q0) * l.bi;
     gp += row * l.bo * ld;
-    const int64_t limit_m = l.bo <= 2 ? l.bo : DOT_TALL, limit_n = l.bo == 1 ? DOT_ONE : l.bo == 2 ? DOT_TWO : DOT_TALL;
-    const int64_t pieces = ceil_div(l.bo, limit_m);
-    for (int64_t q = l.row_ptr[row]; q < last; q += run) {
-        const int64_t blocks = min64(run, last - q), columns = blocks * l.bi;
-        if (partials.count + blocks * d.block() > Partials::LIMIT) partials.flush();
-        const float *x[8];
-        int64_t at[8];
-        int64_t slot = q, inner = 0;
-        for (int64_t c = 0; c < columns;) {
-            const int64_t bn = min64(limit_n, columns - c);
-            for (int64_t j = 0; j < bn; ++j) {
-                x[j] = xp + (l.col[slot] * l.bi + inner) * ld;
-                at[j] = partials.count + (slot - q) * d.block() + inner;
-                if (++inner == l.bi) inner = 0, ++slot;
+    float *dw = d.dvalues + q0 * d.block();
+    int64_t slot = q0, inner = 0;
+    for (int64_t c = 0; c < columns; c += BN) {
+        const int64_t bn = min64(BN, columns - c);
+        const float *x[BN], *g[BM];
+        int64_t at[BN];
+        for (int64_t j = 0; j < BN; ++j) {
+            if (j >= bn) {
+                x[j] = x[j - 1];
+                continue;
             }
-            for (int64_t p = 0; p < pieces; ++p) {
-                const int64_t begin = l.bo * p / pieces, bm = l.bo * (p + 1) / pieces - begin;
-                dot_tile_for(bm, bn)(gp + begin * ld, x, ld, n, partials.part + begin * l.bi * LANES, at, l.bi);
-            }
-            c += bn;
+            x[j] = xp + (l.col[slot] * l.bi + inner) * ld;
+            at[j] = (slot - q0) * d.block() + inner;
+            if (++inner == l.bi) inner = 0, ++slot;
         }
-        partials.count += blocks * d.block();
+        for (int64_t i0 = 0; i0 < l.bo; i0 += BM) {
+            const int64_t bm = min64(BM, l.bo - i0);
+            for (int64_t i = 0; i < BM; ++i) g[i] = gp + (i0 + min64(i, bm - 1)) * ld;
+            Vec<LANES> sums = dot_tile<BM, BN>(g, x, n);
+            if (l.bo == 1) {  // consecutive columns are consecutive elements
+                float *out = dw + at[0];
+                if (!first) sums += load_partial<LANES>(out, bn);
+                store_partial<LANES>(out, sums, bn);
+                continue;
+            }
+            for (int64_t i = 0; i < bm; ++i) {
+                for (int64_t j = 0; j < bn; ++j) {
+                    float &out = dw[at[j] + (i0 + i) * l.bi];
+                    out = first ? sums[i * BN + j] : out + sums[i * BN + j];
+                }
+            }
+        }
     }
+}
+
+void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
+    if (d.l.bo == 1) return dot_row<1, LANES>(d, gp, xp, row, n, first);
+    if (d.l.bo == 2 || LANES < 16) return dot_row<2, LANES / 2>(d, gp, xp, row, n, first);
+    if constexpr (LANES == 16) return dot_row<4, 4>(d, gp, xp, row, n, first);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -401,85 +372,52 @@ void apply_mask(const uint8_t *mask, int64_t n, float *values) {
         if (!(mask[i / 8] >> (i % 8) & 1)) values[i] = 0;
 }
 
-void outer_products(const Gradient &d, int threads) {
+enum class Method { OUTER, SPREAD, DOT };
+
+void gradient(const Gradient &d, Method method, int threads) {
     const Layout &l = d.l;
-    const bool spread = can_spread(l);
+    const bool dot = method == Method::DOT;
+    const int64_t x_width = dot ? 1 : l.bi, g_width = dot ? 1 : l.bo;
+    const int64_t x_stride = block_stride(d.tile, x_width), g_stride = block_stride(d.tile, g_width);
+    const int64_t x_size = l.cols * l.bi / x_width * x_stride, g_size = l.rows * l.bo / g_width * g_stride;
+    const Scratch<float> xp(x_size), gp(g_size);
+    if (dot) {  // features that only pad an edge block
+        memset(xp.get() + d.a.in_features * x_stride, 0, (x_size - d.a.in_features * x_stride) * sizeof(float));
+        memset(gp.get() + d.a.out_features * g_stride, 0, (g_size - d.a.out_features * g_stride) * sizeof(float));
+    }
+    const int64_t chunk = x_width == 1 || g_width == 1 ? 16 : PACK_ROWS;
+    const Scratch<float> sums(d.dbias ? ceil_div(d.tile, chunk) * d.a.out_features : 0);
     const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
-    const int64_t x_stride = block_stride(d.tile, l.bi), g_stride = block_stride(d.tile, l.bo);
-    const Scratch<float> xp(l.cols * x_stride), gp(l.rows * g_stride);
-    const int64_t chunk = l.bo == 1 || l.bi == 1 ? 16 : PACK_ROWS, chunks = ceil_div(d.tile, chunk);
-    const Scratch<float> sums(d.dbias ? chunks * d.a.out_features : 0);
     const Scratch<Counter> counters(2 * tiles);
     for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
     parallel(threads, [&](const Team &team) {
         for (int64_t t = 0; t < tiles; ++t) {
+            const bool first = t == 0;
             const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0);
             for (int64_t c; (c = counters[2 * t].take() * chunk) < n;) {
                 const int64_t rows = min64(chunk, n - c);
                 const float *x = d.x + (n0 + c) * d.ldx, *dy = d.dy + (n0 + c) * d.lddy;
-                pack_blocks(x, d.ldx, rows, d.a.in_features, l.bi, x_stride, xp.get() + c * l.bi);
-                pack_blocks(dy, d.lddy, rows, d.a.out_features, l.bo, g_stride, gp.get() + c * l.bo);
+                pack_blocks(x, d.ldx, rows, d.a.in_features, x_width, x_stride, xp.get() + c * x_width);
+                pack_blocks(dy, d.lddy, rows, d.a.out_features, g_width, g_stride, gp.get() + c * g_width);
                 if (d.dbias) column_sums(dy, d.lddy, rows, d.a.out_features, sums.get() + c / chunk * d.a.out_features);
             }
             team.barrier();
             for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
-                const int64_t last = segment_begin(l, s + 1, segments);
-                for (int64_t row = segment_begin(l, s, segments); row < last; ++row)
-                    if (!spread)
-                        outer_row(d, gp.get(), xp.get(), row, n, t == 0);
-                    else
-                        spread_row(d, gp.get(), xp.get(), row, n, t == 0);
+                const int64_t begin = segment_begin(l, s, segments), last = segment_begin(l, s + 1, segments);
+                if (dot)
+                    for (int64_t row = begin; row < last; ++row)
+                        dot_row(d, gp.get(), xp.get(), row, round_up(n, LANES), first);
+                else if (method == Method::SPREAD)
+                    for (int64_t row = begin; row < last; ++row) spread_row(d, gp.get(), xp.get(), row, n, first);
+                else
+                    for (int64_t row = begin; row < last; ++row) outer_row(d, gp.get(), xp.get(), row, n, first);
             }
-            if (d.dbias && team.rank == 0)
-                for (int64_t o = 0; o < d.a.out_features; ++o)
-                    for (int64_t c = 0; c < ceil_div(n, chunk); ++c)
-                        d.dbias[o] = sums[c * d.a.out_features + o] + (t == 0 && c == 0 ? 0.0f : d.dbias[o]);
-            team.barrier();
-        }
-    });
-}
-
-void dot_products(const Gradient &d, int threads) {
-    constexpr int64_t chunk = 64;
-    const Layout &l = d.l;
-    const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
-    const int64_t ld = feature_stride(d.tile);
-    const int64_t x_size = l.cols * l.bi * ld, g_size = l.rows * l.bo * ld;
-    const Scratch<float> xp(x_size), gp(g_size);
-    const int64_t part_size = (max64(Partials::LIMIT, d.block()) + LANES) * LANES;
-    const Scratch<float> part(threads * part_size);
-    memset(part.get(), 0, threads * part_size * sizeof(float));
-    // Features that only pad an edge block.
-    memset(xp.get() + d.a.in_features * ld, 0, (x_size - d.a.in_features * ld) * sizeof(float));
-    memset(gp.get() + d.a.out_features * ld, 0, (g_size - d.a.out_features * ld) * sizeof(float));
-    const Scratch<Counter> counters(2 * tiles);
-    for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
-    const int64_t x_chunks = ceil_div(d.a.in_features, chunk), g_chunks = ceil_div(d.a.out_features, chunk);
-    parallel(threads, [&](const Team &team) {
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0), padded = round_up(n, LANES);
-            for (int64_t c; (c = counters[2 * t].take()) < x_chunks + g_chunks;) {
-                if (c < x_chunks) {
-                    const int64_t f = c * chunk;
-                    transpose_in(d.x + n0 * d.ldx + f, d.ldx, n, min64(chunk, d.a.in_features - f), padded,
-                                 xp.get() + f * ld, ld);
-                    continue;
+            if (d.dbias && team.rank == 0) {
+                for (int64_t c = 0; c < ceil_div(n, chunk); ++c) {
+                    const float *sum = sums.get() + c * d.a.out_features;
+                    for (int64_t o = 0; o < d.a.out_features; ++o)
+                        d.dbias[o] = first && c == 0 ? sum[o] : d.dbias[o] + sum[o];
                 }
-                const int64_t f = (c - x_chunks) * chunk, count = min64(chunk, d.a.out_features - f);
-                transpose_in(d.dy + n0 * d.lddy + f, d.lddy, n, count, padded, gp.get() + f * ld, ld);
-                for (int64_t o = f; d.dbias && o < f + count; ++o) {
-                    Vec<LANES> acc = {};
-                    for (int64_t r = 0; r < padded; r += LANES) acc += load<LANES>(gp.get() + o * ld + r);
-                    d.dbias[o] = sum<LANES>(acc) + (t == 0 ? 0.0f : d.dbias[o]);
-                }
-            }
-            team.barrier();
-            for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
-                const int64_t row0 = segment_begin(l, s, segments), last = segment_begin(l, s + 1, segments);
-                Partials partials{part.get() + team.rank * part_size, d.dvalues, l.row_ptr[row0] * d.block(), 0,
-                                  t == 0};
-                for (int64_t row = row0; row < last; ++row) dot_row(d, gp.get(), xp.get(), row, padded, partials);
-                partials.flush();
             }
             team.barrier();
         }
@@ -499,16 +437,13 @@ void linear_wgrad(const LinearArgs &a, const float *dy, int64_t lddy, const floa
         return;
     }
     const int threads = useful_threads(a.threads, a.m * (nnz * size + a.in_features + a.out_features));
-    const bool outer = can_spread(l) || (l.bo >= 4 && l.bi > 4);
+    const Method method = can_spread(l) ? Method::SPREAD : l.bo >= 4 && l.bi > 4 ? Method::OUTER : Method::DOT;
     // Tiles of x and dy share the L2 cache: 1 MB for outer products. A dot product pays one sum over lanes per tile,
     // so those tiles are taller.
-    const int64_t budget = (int64_t{1} << (outer ? 18 : 19)) / (a.in_features + a.out_features);
+    const int64_t budget = (int64_t{1} << (method == Method::DOT ? 19 : 18)) / (a.in_features + a.out_features);
     Gradient d{a, l, dy, lddy, x, ldx, dvalues, dbias, 0};
     d.tile = min64(round_up(a.m, LANES), max64(64, min64(512, round_up(budget, LANES))));
-    if (outer)
-        outer_products(d, threads);
-    else
-        dot_products(d, threads);
+    gradient(d, method, threads);
     if (element_mask)
         for (int64_t q = 0; q < nnz; ++q) apply_mask(element_mask + q * ceil_div(size, 8), size, dvalues + q * size);
 }
