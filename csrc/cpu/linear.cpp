@@ -42,6 +42,10 @@ constexpr int64_t DIRECT_ROWS = 8;
 // Outputs of this size and more bypass the caches. Measured at 2048 x 1024: 5 to 8 % of the call.
 constexpr int64_t STREAM_FLOATS = int64_t{1} << 20;
 
+template <int N> struct Constant {
+    static constexpr int value = N;
+};
+
 // bm outputs cut into tiles of nearly equal height.
 struct Split {
     int64_t count, small, larger;
@@ -51,40 +55,81 @@ struct Split {
     int64_t size(int64_t piece) const { return small + (piece < larger); }
 };
 
-// y [BM][NV * LANES] = bias + sum over n entries of w [n][bk][BM] times their slices of the panel x
+// Where a tile finds weight (k, i) of entry q: at entry(q)[k * step_k() + i * step_m()].
+template <int BM> struct PackedWeights {
+    const float *w;
+    int64_t size;
+
+    const float *entry(int64_t q) const { return w + q * size; }
+    static constexpr int64_t step_k() { return BM; }
+    static constexpr int64_t step_m() { return 1; }
+};
+struct DirectWeights {
+    const Product &p;
+    int64_t first, begin;
+
+    const float *entry(int64_t q) const { return p.block(first + q) + begin * p.stride_m; }
+    int64_t step_k() const { return p.stride_k; }
+    int64_t step_m() const { return p.stride_m; }
+};
+
+// y [BM][NR] = bias + sum over n entries of their weights times their slices of the panel x [feature][NR], for the
+// first NV * L batch rows of the panel. Small tiles sum several entries side by side, in accumulators of their own:
+// a multiply-add takes four cycles, in which 4 to 8 others can start.
+template <int L, int NV, int NR, int BM, class Weights>
+SK_INLINE void tile(const float *x, const int32_t *idx, int64_t n, int64_t bk, const Weights &weights,
+                    const float *bias, float *y) {
+    using V = Vec<L>;
+    constexpr int CHAINS = BM * NV >= 8 ? 1 : BM * NV >= 4 ? 2 : 4;
+    V acc[CHAINS][BM][NV] = {};
+    const auto add = [&](int64_t q, auto chains) __attribute__((always_inline)) {
+        (void)chains;
+        constexpr int C = decltype(chains)::value;
+        const float *xq[C], *wq[C];
+        SK_UNROLL
+        for (int c = 0; c < C; ++c) {
+            xq[c] = x + idx[q + c] * bk * NR;
+            wq[c] = weights.entry(q + c);
+        }
+        for (int64_t k = 0; k < bk; ++k) {
+            SK_UNROLL
+            for (int c = 0; c < C; ++c) {
+                V xv[NV];
+                SK_UNROLL
+                for (int v = 0; v < NV; ++v) xv[v] = load<L>(xq[c] + v * L);
+                SK_UNROLL
+                for (int i = 0; i < BM; ++i) {
+                    const V wi = broadcast<L>(wq[c][i * weights.step_m()]);
+                    SK_UNROLL
+                    for (int v = 0; v < NV; ++v) acc[c][i][v] += wi * xv[v];
+                }
+                xq[c] += NR;
+                wq[c] += weights.step_k();
+            }
+        }
+    };
+    int64_t q = 0;
+    for (; q + CHAINS <= n; q += CHAINS) add(q, Constant<CHAINS>());
+    for (; q < n; ++q) add(q, Constant<1>());
+    SK_UNROLL
+    for (int i = 0; i < BM; ++i) {
+        SK_UNROLL
+        for (int v = 0; v < NV; ++v) {
+            V sum = acc[0][i][v];
+            SK_UNROLL
+            for (int c = 1; c < CHAINS; ++c) sum += acc[c][i][v];
+            store<L>(y + i * NR + v * L, sum + broadcast<L>(bias[i]));
+        }
+    }
+}
+
 using PackedTile = void (*)(const float *x, const int32_t *idx, int64_t n, int64_t bk, const float *w,
                             const float *bias, float *y);
 
 template <int NV, int BM>
 void packed_tile(const float *x, const int32_t *idx, int64_t n, int64_t bk, const float *w, const float *bias,
                  float *y) {
-    using V = Vec<LANES>;
-    constexpr int64_t NR = NV * LANES;
-    V acc[BM][NV];
-    SK_UNROLL
-    for (int i = 0; i < BM; ++i) {
-        SK_UNROLL
-        for (int v = 0; v < NV; ++v) acc[i][v] = broadcast<LANES>(bias[i]);
-    }
-    for (int64_t q = 0; q < n; ++q) {
-        const float *xq = x + idx[q] * bk * NR;
-        for (int64_t k = 0; k < bk; ++k, xq += NR, w += BM) {
-            V xv[NV];
-            SK_UNROLL
-            for (int v = 0; v < NV; ++v) xv[v] = load<LANES>(xq + v * LANES);
-            SK_UNROLL
-            for (int i = 0; i < BM; ++i) {
-                const V wi = broadcast<LANES>(w[i]);
-                SK_UNROLL
-                for (int v = 0; v < NV; ++v) acc[i][v] += wi * xv[v];
-            }
-        }
-    }
-    SK_UNROLL
-    for (int i = 0; i < BM; ++i) {
-        SK_UNROLL
-        for (int v = 0; v < NV; ++v) store<LANES>(y + i * NR + v * LANES, acc[i][v]);
-    }
+    tile<LANES, NV, NV * LANES, BM>(x, idx, n, bk, PackedWeights<BM>{w, bk * BM}, bias, y);
 }
 
 template <int NV, int BM> PackedTile packed_tile_for(int64_t bm) {
@@ -106,42 +151,14 @@ PackedTile packed_tile_for(int nv, int64_t bm) {
     }
 }
 
-// The same for L batch rows of a panel [feature][LANES], NV vectors wide, with the weights of `p` where they lie.
 using DirectTile = void (*)(const Product &p, const float *x, int64_t first, int64_t n, int64_t begin,
                             const float *bias, float *y);
 
 template <int L, int NV, int BM>
 void direct_tile(const Product &p, const float *x, int64_t first, int64_t n, int64_t begin, const float *bias,
                  float *y) {
-    using V = Vec<L>;
-    constexpr int64_t NR = L * NV > LANES ? L * NV : LANES;
-    V acc[BM][NV];
-    SK_UNROLL
-    for (int i = 0; i < BM; ++i) {
-        SK_UNROLL
-        for (int v = 0; v < NV; ++v) acc[i][v] = broadcast<L>(bias[i]);
-    }
-    const int64_t stride_m = p.stride_m, stride_k = p.stride_k, bk = p.bk;
-    for (int64_t q = first; q < first + n; ++q) {
-        const float *xq = x + p.idx[q] * bk * NR;
-        const float *w = p.block(q) + begin * stride_m;
-        for (int64_t k = 0; k < bk; ++k, xq += NR, w += stride_k) {
-            V xv[NV];
-            SK_UNROLL
-            for (int v = 0; v < NV; ++v) xv[v] = load<L>(xq + v * L);
-            SK_UNROLL
-            for (int i = 0; i < BM; ++i) {
-                const V wi = broadcast<L>(w[i * stride_m]);
-                SK_UNROLL
-                for (int v = 0; v < NV; ++v) acc[i][v] += wi * xv[v];
-            }
-        }
-    }
-    SK_UNROLL
-    for (int i = 0; i < BM; ++i) {
-        SK_UNROLL
-        for (int v = 0; v < NV; ++v) store<L>(y + i * NR + v * L, acc[i][v]);
-    }
+    constexpr int NR = L * NV > LANES ? L * NV : LANES;
+    tile<L, NV, NR, BM>(x, p.idx + first, n, p.bk, DirectWeights{p, first, begin}, bias, y);
 }
 
 template <int L, int NV, int BM> DirectTile direct_tile_for(int64_t bm) {
@@ -159,6 +176,10 @@ DirectTile direct_tile_for(int64_t m, int64_t bm) {
 
 // Weights of a block row in the order its tiles read them: [piece][entry][k][output of the piece].
 void pack_row(const Product &p, const Split &split, int64_t row, float *w) {
+    if (p.bm * p.bk == 1) {
+        for (int64_t q = p.ptr[row]; q < p.ptr[row + 1]; ++q) *w++ = *p.block(q);
+        return;
+    }
     for (int64_t piece = 0; piece < split.count; ++piece) {
         const int64_t begin = split.begin(piece), size = split.size(piece);
         for (int64_t q = p.ptr[row]; q < p.ptr[row + 1]; ++q) {
@@ -192,7 +213,7 @@ void pack_panel(const Product &p, int64_t n0, int64_t count, int64_t nr, float *
 
 void product(const Product &p) {
     if (p.m == 0) return;
-    const bool direct = p.m <= DIRECT_ROWS;
+    const bool direct = p.m <= DIRECT_ROWS && p.bm * p.bk > 4;  // one by one they cost more than packing
     const bool wide = !direct && p.bm <= WIDE_BM && p.m > NARROW_NV * LANES;
     const int64_t nr_full = direct ? max64(LANES, p.m <= 4 ? 4 : 8) : LANES * (wide ? WIDE_NV : NARROW_NV);
     const Split split(p.bm, wide ? WIDE_BM : NARROW_BM);
