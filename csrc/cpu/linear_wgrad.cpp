@@ -318,7 +318,7 @@ template <int BM, int BN> Vec<LANES> dot_tile(const float *const *g, const float
 }
 
 // One block row in tiles of BM outputs x BN columns (the inputs of its blocks, one after another). Short tiles repeat
-// their last output or column and drop what comes of it.
+// an output or a column and drop what comes of it.
 template <int BM, int BN>
 void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, int64_t n, bool first) {
     const Layout &l = d.l;
@@ -330,15 +330,12 @@ void dot_row(const Gradient &d, const float *gp, const float *xp, int64_t row, i
         const int64_t bn = min64(BN, columns - c);
         const float *x[BN], *g[BM];
         int64_t at[BN];
-        for (int64_t j = 0; j < BN; ++j) {
-            if (j >= bn) {
-                x[j] = x[j - 1];
-                continue;
-            }
+        for (int64_t j = 0; j < bn; ++j) {
             x[j] = xp + (l.col[slot] * l.bi + inner) * ld;
             at[j] = (slot - q0) * d.block() + inner;
             if (++inner == l.bi) inner = 0, ++slot;
         }
+        for (int64_t j = bn; j < BN; ++j) x[j] = x[0];
         for (int64_t i0 = 0; i0 < l.bo; i0 += BM) {
             const int64_t bm = min64(BM, l.bo - i0);
             for (int64_t i = 0; i < BM; ++i) g[i] = gp + (i0 + min64(i, bm - 1)) * ld;
