@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weight gradient of a block-sparse linear layer: dw[o][i] = sum over batch rows of dy[n][o] x[n][i], at stored blocks.
 //
-// The batch is cut into tiles. Each tile of x and dy is packed once, shared by all threads; then every thread works
-// on block rows of its own, so each gradient is summed in the same order whatever the number of threads.
+// Threads cut the batch into parts with a gradient each, added up in order at the end; where that takes too much memory
+// or the batch is short, they share one part, cut by block rows. A part goes through its batch in tiles: x and dy of a
+// tile are packed once, then multiplied.
 //   outer:  panels [block][batch row][feature]; vectors along the block's inputs, dy broadcast, no reduction.
 //   spread: the same panels for blocks 1, 2, 4 or 8 inputs wide; a vector holds several outputs of one block, dy is
 //           repeated along its lanes and x is broadcast in groups of the block's width.
@@ -31,7 +32,7 @@ struct Gradient {
     const float *x;
     int64_t ldx;
     float *dvalues, *dbias;
-    int64_t tile;  // batch rows of a full tile
+    int64_t m, tile;  // batch rows, and those of a full tile
 
     int64_t block() const { return l.bo * l.bi; }
 };
@@ -371,53 +372,103 @@ void apply_mask(const uint8_t *mask, int64_t n, float *values) {
 
 enum class Method { OUTER, SPREAD, DOT };
 
-void gradient(const Gradient &d, Method method, int threads) {
+// Sizes of what one part packs.
+struct Panels {
+    int64_t x_width, g_width, x_stride, g_stride, x_size, g_size, chunk, chunks, tiles;
+
+    Panels(const Gradient &d, Method method)
+        : x_width(method == Method::DOT ? 1 : d.l.bi), g_width(method == Method::DOT ? 1 : d.l.bo),
+          x_stride(block_stride(d.tile, x_width)), g_stride(block_stride(d.tile, g_width)),
+          x_size(d.l.cols * d.l.bi / x_width * x_stride), g_size(d.l.rows * d.l.bo / g_width * g_stride),
+          chunk(x_width == 1 || g_width == 1 ? 16 : PACK_ROWS), chunks(ceil_div(d.tile, chunk)),
+          tiles(ceil_div(d.m, d.tile)) {}
+};
+
+struct Buffers {
+    float *x, *g, *sums;  // sums [chunks][out_features]: column sums of dy
+    Counter *counters;    // [2 * tiles]
+};
+
+// The gradient of one part; every thread of the team calls this.
+void accumulate(const Gradient &d, Method method, const Panels &p, const Buffers &to, const Team &team) {
     const Layout &l = d.l;
-    const bool dot = method == Method::DOT;
-    const int64_t x_width = dot ? 1 : l.bi, g_width = dot ? 1 : l.bo;
-    const int64_t x_stride = block_stride(d.tile, x_width), g_stride = block_stride(d.tile, g_width);
-    const int64_t x_size = l.cols * l.bi / x_width * x_stride, g_size = l.rows * l.bo / g_width * g_stride;
-    const Scratch<float> xp(x_size), gp(g_size);
-    if (dot) {  // features that only pad an edge block
-        memset(xp.get() + d.a.in_features * x_stride, 0, (x_size - d.a.in_features * x_stride) * sizeof(float));
-        memset(gp.get() + d.a.out_features * g_stride, 0, (g_size - d.a.out_features * g_stride) * sizeof(float));
-    }
-    const int64_t chunk = x_width == 1 || g_width == 1 ? 16 : PACK_ROWS;
-    const Scratch<float> sums(d.dbias ? ceil_div(d.tile, chunk) * d.a.out_features : 0);
-    const int64_t tiles = ceil_div(d.a.m, d.tile), segments = threads == 1 ? 1 : min64(8 * threads, l.rows);
-    const Scratch<Counter> counters(2 * tiles);
-    for (int64_t i = 0; i < 2 * tiles; ++i) counters[i] = Counter{};
-    parallel(threads, [&](const Team &team) {
-        for (int64_t t = 0; t < tiles; ++t) {
-            const bool first = t == 0;
-            const int64_t n0 = t * d.tile, n = min64(d.tile, d.a.m - n0);
-            for (int64_t c; (c = counters[2 * t].take() * chunk) < n;) {
-                const int64_t rows = min64(chunk, n - c);
-                const float *x = d.x + (n0 + c) * d.ldx, *dy = d.dy + (n0 + c) * d.lddy;
-                pack_blocks(x, d.ldx, rows, d.a.in_features, x_width, x_stride, xp.get() + c * x_width);
-                pack_blocks(dy, d.lddy, rows, d.a.out_features, g_width, g_stride, gp.get() + c * g_width);
-                if (d.dbias) column_sums(dy, d.lddy, rows, d.a.out_features, sums.get() + c / chunk * d.a.out_features);
-            }
-            team.barrier();
-            for (int64_t s; (s = counters[2 * t + 1].take()) < segments;) {
-                const int64_t begin = segment_begin(l, s, segments), last = segment_begin(l, s + 1, segments);
-                if (dot)
-                    for (int64_t row = begin; row < last; ++row)
-                        dot_row(d, gp.get(), xp.get(), row, round_up(n, LANES), first);
-                else if (method == Method::SPREAD)
-                    for (int64_t row = begin; row < last; ++row) spread_row(d, gp.get(), xp.get(), row, n, first);
-                else
-                    for (int64_t row = begin; row < last; ++row) outer_row(d, gp.get(), xp.get(), row, n, first);
-            }
-            if (d.dbias && team.rank == 0) {
-                for (int64_t c = 0; c < ceil_div(n, chunk); ++c) {
-                    const float *sum = sums.get() + c * d.a.out_features;
-                    for (int64_t o = 0; o < d.a.out_features; ++o)
-                        d.dbias[o] = first && c == 0 ? sum[o] : d.dbias[o] + sum[o];
-                }
-            }
-            team.barrier();
+    const int64_t segments = team.size == 1 ? 1 : min64(8 * team.size, l.rows);
+    for (int64_t t = 0; t * d.tile < d.m; ++t) {
+        const bool first = t == 0;
+        const int64_t n0 = t * d.tile, n = min64(d.tile, d.m - n0);
+        for (int64_t c; (c = to.counters[2 * t].take() * p.chunk) < n;) {
+            const int64_t rows = min64(p.chunk, n - c);
+            const float *x = d.x + (n0 + c) * d.ldx, *dy = d.dy + (n0 + c) * d.lddy;
+            pack_blocks(x, d.ldx, rows, d.a.in_features, p.x_width, p.x_stride, to.x + c * p.x_width);
+            pack_blocks(dy, d.lddy, rows, d.a.out_features, p.g_width, p.g_stride, to.g + c * p.g_width);
+            if (d.dbias) column_sums(dy, d.lddy, rows, d.a.out_features, to.sums + c / p.chunk * d.a.out_features);
         }
+        team.barrier();
+        for (int64_t s; (s = to.counters[2 * t + 1].take()) < segments;) {
+            const int64_t begin = segment_begin(l, s, segments), last = segment_begin(l, s + 1, segments);
+            if (method == Method::DOT)
+                for (int64_t row = begin; row < last; ++row) dot_row(d, to.g, to.x, row, round_up(n, LANES), first);
+            else if (method == Method::SPREAD)
+                for (int64_t row = begin; row < last; ++row) spread_row(d, to.g, to.x, row, n, first);
+            else
+                for (int64_t row = begin; row < last; ++row) outer_row(d, to.g, to.x, row, n, first);
+        }
+        if (d.dbias && team.rank == 0) {
+            for (int64_t c = 0; c < ceil_div(n, p.chunk); ++c) {
+                const float *sum = to.sums + c * d.a.out_features;
+                for (int64_t o = 0; o < d.a.out_features; ++o)
+                    d.dbias[o] = first && c == 0 ? sum[o] : d.dbias[o] + sum[o];
+            }
+        }
+        team.barrier();
+    }
+}
+
+// dst += copies [parts - 1][stride], this thread's share of n floats
+void add_copies(float *dst, const float *copies, int64_t parts, int64_t stride, int64_t n, const Team &team) {
+    const int64_t last = n * (team.rank + 1) / team.size;
+    for (int64_t i = n * team.rank / team.size; i < last; ++i) {
+        float sum = dst[i];
+        for (int64_t part = 1; part < parts; ++part) sum += copies[(part - 1) * stride + i];
+        dst[i] = sum;
+    }
+}
+
+constexpr int64_t MAX_COPIES = int64_t{1} << 24;  // floats of gradients of parts
+
+void gradient(const Gradient &d, Method method, int threads) {
+    const int64_t values = d.l.nnz() * d.block(), stride = values + (d.dbias ? d.a.out_features : 0);
+    // One part per thread needs one barrier instead of two per tile: each costs a time slice on a busy machine.
+    const bool split = threads > 1 && d.m >= 2 * threads * d.tile && (threads - 1) * stride <= MAX_COPIES;
+    const int64_t part_rows = split ? round_up(ceil_div(d.m, threads), d.tile) : d.m, parts = ceil_div(d.m, part_rows);
+    const Panels p(d, method);
+    const int64_t sums_size = d.dbias ? p.chunks * d.a.out_features : 0;
+    const Scratch<float> copies((parts - 1) * stride), x(parts * p.x_size), g(parts * p.g_size),
+        sums(parts * sums_size);
+    const Scratch<Counter> counters(parts * 2 * p.tiles);
+    for (int64_t i = 0; i < parts * 2 * p.tiles; ++i) counters[i] = Counter{};
+    for (int64_t part = 0; part < parts && method == Method::DOT; ++part) {  // features that only pad an edge block
+        const int64_t x_used = d.a.in_features * p.x_stride, g_used = d.a.out_features * p.g_stride;
+        memset(x.get() + part * p.x_size + x_used, 0, (p.x_size - x_used) * sizeof(float));
+        memset(g.get() + part * p.g_size + g_used, 0, (p.g_size - g_used) * sizeof(float));
+    }
+    parallel(threads, [&](const Team &team) {
+        for (int64_t part = parts == 1 ? 0 : team.rank; part < parts; part += team.size) {
+            Gradient own = d;
+            own.x += part * part_rows * d.ldx;
+            own.dy += part * part_rows * d.lddy;
+            own.m = min64(part_rows, d.m - part * part_rows);
+            if (part > 0) own.dvalues = copies.get() + (part - 1) * stride;
+            if (part > 0 && d.dbias) own.dbias = own.dvalues + values;
+            accumulate(own, method, p,
+                       {x.get() + part * p.x_size, g.get() + part * p.g_size, sums.get() + part * sums_size,
+                        counters.get() + part * 2 * p.tiles},
+                       parts == 1 ? team : Team{0, 1});
+        }
+        if (parts == 1) return;
+        team.barrier();
+        add_copies(d.dvalues, copies.get(), parts, stride, values, team);
+        if (d.dbias) add_copies(d.dbias, copies.get() + values, parts, stride, d.a.out_features, team);
     });
 }
 
@@ -438,7 +489,7 @@ void linear_wgrad(const LinearArgs &a, const float *dy, int64_t lddy, const floa
     // Tiles of x and dy share the L2 cache: 1 MB for outer products. A dot product pays one sum over lanes per tile,
     // so those tiles are taller.
     const int64_t budget = (int64_t{1} << (method == Method::DOT ? 19 : 18)) / (a.in_features + a.out_features);
-    Gradient d{a, l, dy, lddy, x, ldx, dvalues, dbias, 0};
+    Gradient d{a, l, dy, lddy, x, ldx, dvalues, dbias, a.m, 0};
     d.tile = min64(round_up(a.m, LANES), max64(64, min64(512, round_up(budget, LANES))));
     gradient(d, method, threads);
     if (element_mask)
