@@ -244,11 +244,17 @@ class SparseModule(nn.Module):
         self.values = nn.Parameter(new, requires_grad=self.values.requires_grad)
         self.index = layout.index.to(self.index.device)
 
-    def _adopt(self, dense: nn.Module) -> None:
-        """Take over what a user may have set on the dense module: mode, hooks, requires_grad."""
-        self.training = dense.training
+    def _become(
+        self, dense: nn.Module, grid: BlockGrid, mask: Tensor | None, capacity: int | None, rescale: bool
+    ) -> None:
+        """Build from a dense module and take over what a user may have set on it: mode, hooks, requires_grad."""
         weight, bias = dense._parameters["weight"], dense._parameters.get("bias")
         assert weight is not None
+        layout, element_mask = _layout_of(grid, mask, None, 0, capacity)
+        self._build(layout, bias is not None, weight.device, weight.dtype, element_mask)
+        if not weight.is_meta:
+            self.load_dense_(weight.detach(), rescale=rescale)
+        self.training = dense.training
         self.values.requires_grad_(weight.requires_grad)
         if self.bias is not None and bias is not None:
             with torch.no_grad():
@@ -342,16 +348,10 @@ class SparseLinear(SparseModule):
         rescale: bool = False,
     ) -> SparseLinear:
         """Sparse twin of a dense layer: its weights under ``mask`` (default: all), its bias, mode and hooks."""
-        weight = dense.weight
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = dense.in_features, dense.out_features
-        grid = BlockGrid((dense.out_features, dense.in_features), as_block(block))
-        layout, element_mask = _layout_of(grid, mask, None, 0, capacity)
-        new._build(layout, dense.bias is not None, weight.device, weight.dtype, element_mask)
-        if not weight.is_meta:
-            new.load_dense_(weight.detach(), rescale=rescale)
-        new._adopt(dense)
+        new._become(dense, BlockGrid((dense.out_features, dense.in_features), as_block(block)), mask, capacity, rescale)
         return new
 
     def to_dense(self) -> nn.Linear:
@@ -449,16 +449,11 @@ class SparseConv2d(SparseModule):
         rescale: bool = False,
     ) -> SparseConv2d:
         """Sparse twin of a dense layer: its weights under ``mask`` (default: all), its bias, mode and hooks."""
-        weight = dense.weight
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new._copy_geometry(dense)
-        grid = BlockGrid(tuple(weight.shape), as_block(block), dense.groups)
-        layout, element_mask = _layout_of(grid, mask, None, 0, capacity)
-        new._build(layout, dense.bias is not None, weight.device, weight.dtype, element_mask)
-        if not weight.is_meta:
-            new.load_dense_(weight.detach(), rescale=rescale)
-        new._adopt(dense)
+        grid = BlockGrid(tuple(dense.weight.shape), as_block(block), dense.groups)
+        new._become(dense, grid, mask, capacity, rescale)
         return new
 
     def to_dense(self) -> nn.Conv2d:
