@@ -20,7 +20,8 @@ template <class T> T *at(Address address) {
 LinearArgs linear_args(Address index, int64_t capacity, int64_t bo, int64_t bi, int64_t m, int64_t out_features,
                        int64_t in_features, int threads) {
     const int64_t rows = (out_features + bo - 1) / bo, cols = (in_features + bi - 1) / bi;
-    return {Layout(at<const int32_t>(index), 1, rows, 1, cols, capacity, bo, bi), m, out_features, in_features, threads};
+    return {Layout(at<const int32_t>(index), 1, rows, 1, cols, capacity, bo, bi), m, out_features, in_features,
+            threads};
 }
 
 Conv2dArgs conv2d_args(Address index, int64_t capacity, int64_t bo, int64_t bi, int64_t groups, int64_t n, int64_t c,
@@ -29,7 +30,23 @@ Conv2dArgs conv2d_args(Address index, int64_t capacity, int64_t bo, int64_t bi, 
                        bool channels_last, int threads) {
     const int64_t rows = (o / groups + bo - 1) / bo, cols = (c / groups + bi - 1) / bi;
     return {Layout(at<const int32_t>(index), groups, rows, r * s, cols, capacity, bo, bi),
-            n, c, h, w, o, p, q, r, s, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, channels_last, threads};
+            n,
+            c,
+            h,
+            w,
+            o,
+            p,
+            q,
+            r,
+            s,
+            stride_h,
+            stride_w,
+            pad_top,
+            pad_left,
+            dilation_h,
+            dilation_w,
+            channels_last,
+            threads};
 }
 
 py::dict build_info() {

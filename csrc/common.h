@@ -37,13 +37,13 @@ struct LinearArgs {
 
 struct Conv2dArgs {
     Layout layout;
-    int64_t n, c, h, w;        // input image; c counts all groups
-    int64_t o, p, q;           // output image; o counts all groups
-    int64_t r, s;              // filter taps
+    int64_t n, c, h, w;  // input image; c counts all groups
+    int64_t o, p, q;     // output image; o counts all groups
+    int64_t r, s;        // filter taps
     int64_t stride_h, stride_w;
     int64_t pad_top, pad_left;  // bottom and right follow from p and q: a tap outside the image reads zero
     int64_t dilation_h, dilation_w;
-    bool channels_last;         // memory order of every image: N,H,W,C or N,C,H,W, dense
+    bool channels_last;  // memory order of every image: N,H,W,C or N,C,H,W, dense
     int threads;
 };
 

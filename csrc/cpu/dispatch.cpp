@@ -29,8 +29,8 @@ const KernelTable &choose() {
 #else
     if (name == "auto") return kernels_generic();
 #endif
-    throw std::runtime_error("SPARSEKERN_ISA: expected auto, generic, avx2 or avx512 as far as this processor has them, got " +
-                             name);
+    throw std::runtime_error(
+        "SPARSEKERN_ISA: expected auto, generic, avx2 or avx512 as far as this processor has them, got " + name);
 }
 
 }  // namespace

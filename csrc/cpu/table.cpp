@@ -10,8 +10,8 @@
 namespace sparsekern {
 
 const KernelTable &SK_CONCAT(kernels_, SK_ISA)() {
-    static const KernelTable table = {SK_STRING(SK_ISA),      SK_ISA::linear_forward, SK_ISA::linear_dgrad,
-                                      SK_ISA::linear_wgrad,   SK_ISA::conv2d_forward, SK_ISA::conv2d_dgrad,
+    static const KernelTable table = {SK_STRING(SK_ISA),    SK_ISA::linear_forward, SK_ISA::linear_dgrad,
+                                      SK_ISA::linear_wgrad, SK_ISA::conv2d_forward, SK_ISA::conv2d_dgrad,
                                       SK_ISA::conv2d_wgrad};
     return table;
 }
