@@ -12,8 +12,11 @@ from typing import Any
 
 import torch  # noqa: F401  loads the OpenMP runtime that the core then shares
 
+from sparsekern.backends import allocator
+
 _logger = logging.getLogger("sparsekern")
 _FOLDER = Path(__file__).resolve().parent.parent
+_memory: list[str] = []
 _FIX = "run `python -m sparsekern` for what was looked for and how to fix it"
 
 
@@ -25,7 +28,9 @@ class NativeError(RuntimeError):
 def _load() -> tuple[ModuleType | None, str]:
     """The module, or None and why; the failure is logged once."""
     try:
-        return importlib.import_module("sparsekern._C"), ""
+        module = importlib.import_module("sparsekern._C")
+        _memory.append(allocator.keep_memory())
+        return module, ""
     except ModuleNotFoundError:
         reason = "the package was installed without its native core"
         if recorded := build_record().get("error"):
@@ -71,11 +76,12 @@ def build_info() -> dict[str, Any]:
     """How the core was built: the installation's record, and what the loaded module says of itself.
 
     Keys as far as known: ``mode`` (SPARSEKERN_BUILD), ``native`` ("none", "cpu", "cuda"), ``version``, ``compiler``,
-    ``isas`` built, ``isa`` chosen on this processor, ``openmp``, ``cuda_archs``, ``path``.
+    ``isas`` built, ``isa`` chosen on this processor, ``openmp``, ``cuda_archs``, ``path``, ``malloc``.
     """
     info = build_record()
     module = _load()[0]
     if module is not None:
         info |= {key: value for key, value in module.build_info().items() if value or key not in info}
         info["path"] = module.__file__
+        info["malloc"] = _memory[0]
     return info
