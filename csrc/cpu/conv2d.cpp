@@ -75,16 +75,15 @@ void run_vectors(const Gather &g, Workspace &space, const Entry *entries, const 
     }
 }
 
-template <int VM>
 void run_line(const Gather &g, Workspace &space, const PixelLine &line, const Entry *entry, const Entry *end,
               const float *x, const float *bias, int64_t m, int64_t channels, float *y) {
-    const int64_t tiles = ceil_div(line.count, CHANNEL_PIXELS[VM]);
+    const int64_t tiles = ceil_div(line.count, CHANNEL_PIXELS);
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t p0 = line.count * t / tiles, p1 = line.count * (t + 1) / tiles;
         space.prefetch();
-        pick_channel_tile<LANES, VM>(p1 - p0)(
-            entry, end, x + line.x + p0 * line.x_step, line.x_step, {g.weights.data + m, g.weights.block, g.weights.ld},
-            bias ? bias + m : nullptr, channels - m, y + line.y + p0 * line.y_step + m, line.y_step);
+        pick_channel_tile(p1 - p0)(entry, end, x + line.x + p0 * line.x_step, line.x_step,
+                                   {g.weights.data + m, g.weights.block, g.weights.ld}, bias ? bias + m : nullptr,
+                                   channels - m, y + line.y + p0 * line.y_step + m, line.y_step);
     }
 }
 
@@ -95,9 +94,7 @@ void run_lines(const Gather &g, Workspace &space, const Entry *entries, const in
         const PixelLine &line = space.plan.lines[i];
         const int32_t *list = start + line.list * starts_per_list;
         const Entry *entry = entries + list[line.tap0], *end = entries + list[line.tap1];
-        int64_t m = 0;
-        for (; m + LANES < channels; m += 2 * LANES) run_line<2>(g, space, line, entry, end, x, bias, m, channels, y);
-        if (m < channels) run_line<1>(g, space, line, entry, end, x, bias, m, channels, y);
+        for (int64_t m = 0; m < channels; m += LANES) run_line(g, space, line, entry, end, x, bias, m, channels, y);
     }
 }
 
@@ -183,9 +180,7 @@ void run_phase(const Gather &g, const Task &task, const Window &window, const Co
 // Register tiles of one task, roughly.
 int64_t count_steps(const Gather &g, const Task &task) {
     const int64_t rows = (task.row1 - task.row0) * task.images * g.phases();
-    if (g.by_channels)
-        return rows * g.h.tile * max64(1, g.w.tile / (g.bm > LANES ? CHANNEL_PIXELS[2] : CHANNEL_PIXELS[1])) *
-               ceil_div(g.bm, 2 * LANES);
+    if (g.by_channels) return rows * g.h.tile * max64(1, g.w.tile / CHANNEL_PIXELS) * ceil_div(g.bm, LANES);
     int log_bm = 0;
     while (log_bm < MAX_LOG_BM && 2 << log_bm <= g.bm) ++log_bm;
     return rows * ceil_div(g.h.tile * ceil_div(g.w.tile, g.lanes), PIXEL_VECTORS[log_bm]);
