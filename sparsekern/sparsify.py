@@ -333,7 +333,7 @@ class _Planner:
         case = self._case(c)
         layer.block, layer.nnz, layer.blocks = grid.block, nnz, grid.blocks
         layer.speedup, layer.source = cost.predict(case, grid.block, max(nnz, 1))
-        pays = layer.speedup >= 1.0
+        pays = cost.pays(layer.speedup, layer.source)
         layer.state = "sparse" if pays else below
         kernel = choice(c.kind, case.device, getattr(torch, case.dtype), grid.block)
         if pays or layer.state == "sparse":

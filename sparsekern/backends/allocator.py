@@ -1,9 +1,9 @@
 """glibc keeps freed activations instead of giving them back to the kernel.
 
 By default glibc maps large tensors afresh and trims its heap, so each training step page-faults its activations anew:
-measured 10 ms for a 17 MB output on a virtual machine where the sparse convolution itself takes 12 ms, and about as much
-for its dense twin. The settings hold for the whole process, dense layers included. ``SPARSEKERN_MALLOC=system`` leaves
-them alone; so does a user who set glibc's own variables.
+measured 10 ms for a 17 MB output on a virtual machine where the sparse convolution itself takes 12 ms. The settings
+hold for the whole process, dense layers included. ``SPARSEKERN_MALLOC=system`` leaves them alone; so does a user who
+set glibc's own variables.
 """
 
 from __future__ import annotations
