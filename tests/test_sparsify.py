@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 import sparsekern as sk
 from sparsekern import cost
+from sparsekern.models import build
 
 FORCED = {"below_break_even": "sparse"}
 
@@ -279,7 +280,11 @@ def test_optimizer_gets_the_new_parameters_and_their_state():
         sk.sparsify_(mlp(), sk.SparsityConfig(block=8, **FORCED), optimizer=other)
 
 
-@pytest.mark.parametrize("make", [mlp, convnet])
+def resnet():
+    return build("resnet18", num_classes=10, in_shape=(3, 12, 12), width=0.25)
+
+
+@pytest.mark.parametrize("make", [mlp, convnet, resnet])
 def test_train_then_dense_state_dict(make):
     model, original = make(), make()
     x = torch.randn(6, 64) if make is mlp else IMAGES
