@@ -301,3 +301,12 @@ def test_layout_of_another_block_mask_uses_the_same_values():
     layout.update_(other)
     expected = x @ BlockLayout(layout.grid, layout.index).to_dense(values).t()
     torch.testing.assert_close(sk.sparse_linear(x, values, layout), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (8, 8)], ids=lambda b: f"{b[0]}x{b[1]}")
+def test_large_outputs(block):
+    """A million elements and more are stored past the caches: forward and dgrad, with bias and a partial last block."""
+    check_linear(random_layout(BlockGrid((1000, 1024), block), 0.05), 1051)
+    for weight, groups in (((32, 48, 3, 3), 1), ((64, 16, 3, 3), 2)):
+        layout = random_layout(BlockGrid(weight, block, groups), 0.2)
+        check_conv2d(layout, 15, 48, 49, padding=1, channels_last=True)

@@ -83,7 +83,7 @@ void run_line(const Gather &g, Workspace &space, const PixelLine &line, const En
         space.prefetch();
         pick_channel_tile(p1 - p0)(entry, end, x + line.x + p0 * line.x_step, line.x_step,
                                    {g.weights.data + m, g.weights.block, g.weights.ld}, bias ? bias + m : nullptr,
-                                   channels - m, y + line.y + p0 * line.y_step + m, line.y_step);
+                                   channels - m, y + line.y + p0 * line.y_step + m, line.y_step, g.streamed);
     }
 }
 
@@ -238,6 +238,8 @@ void run(Gather &g, const float *values) {
     const Lists lists{entries.get(), starts.get(), spans, starts_per_list};
 
     const Target target(g, share * g.bm);
+    g.streamed = g.by_channels && target.direct && n * g.out.h * g.out.w * g.out.c >= STREAM_FLOATS &&
+                 can_stream(g.out.at(0, 0, 0, 0), g.out.c) && g.out_per_group % LANES == 0;
     const int64_t window_size = images * window.image, buffer_size = images * target.image;
     const int64_t vectors = g.by_channels ? 0 : g.h.tile * ceil_div(g.w.tile, g.lanes);
     const int64_t lines = g.by_channels ? MAX_COLUMN_SPANS * g.h.tile : 0;
@@ -288,6 +290,7 @@ void run(Gather &g, const float *values) {
                                    (task.top + g.h.tile) * g.h.out_phases, steps);
             if (task.row0 < task.row1) run_task(g, task, window, columns.get(), lists, target, space, images);
         }
+        if (g.streamed) stream_fence();
     });
 }
 

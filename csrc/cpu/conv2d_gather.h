@@ -24,6 +24,7 @@ struct Gather {
     const float *bias;
     bool by_channels;  // vectors along output channels instead of pixels
     int lanes;
+    bool streamed = false;  // those vectors are whole cache lines of a large output, stored past the caches
 
     int64_t phases() const { return h.out_phases * w.out_phases; }
 };

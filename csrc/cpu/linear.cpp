@@ -39,9 +39,6 @@ constexpr int WIDE_NV = 4, WIDE_BM = REGISTERS == 32 ? 6 : LANES == 8 ? 3 : 2;
 // Up to this many batch rows, weights are used where they lie: packing them would cost as much as the product.
 constexpr int64_t DIRECT_ROWS = 8;
 
-// Outputs of this size and more bypass the caches. Measured at 2048 x 1024: 5 to 8 % of the call.
-constexpr int64_t STREAM_FLOATS = int64_t{1} << 20;
-
 template <int N> struct Constant {
     static constexpr int value = N;
 };
