@@ -17,7 +17,7 @@ from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout, as_block
 from sparsekern.masks import from_prune, make_block_masks
 from sparsekern.matching import Candidate
-from sparsekern.nn import SparseConv2d, SparseLinear, SparseModule
+from sparsekern.nn import HOOKS, SparseConv2d, SparseLinear, SparseModule
 from sparsekern.plan import LayerPlan, Plan
 
 Block = int | tuple[int, int] | str
@@ -37,7 +37,7 @@ def plan(
 
     Args and errors are those of :func:`sparsify_`.
     """
-    return _Planner(model, cfg, masks, block, example_input, batches, loss_fn).plan()
+    return Planner(model, cfg, masks, block, example_input, batches, loss_fn).plan()
 
 
 def sparsify_(
@@ -71,13 +71,13 @@ def sparsify_(
         TypeError: the model is compiled or wrapped (DDP, FSDP).
     """
     matching.check_unwrapped(model)
-    planner = _Planner(model, cfg, masks, block, example_input, batches, loss_fn)
+    planner = Planner(model, cfg, masks, block, example_input, batches, loss_fn)
     result = planner.plan()
     planner.carry_out(result, optimizer)
     return result
 
 
-class _Planner:
+class Planner:
     """One planning run: matching, shapes, allocation, break-even, and the swap."""
 
     def __init__(
@@ -102,7 +102,7 @@ class _Planner:
         self.notes: list[str] = []
         self.grids: dict[str, BlockGrid] = {}
         self.counts: dict[str, int] = {}
-        self.drawn: dict[str, Tensor] = {}
+        self.drawn: dict[str, Tensor] = {}  # element masks
 
     # -- plan ------------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class _Planner:
         if layer.macs_dense is not None:
             layer.macs = round(layer.macs_dense * layer.density)
 
-    def _case(self, c: Candidate) -> cost.Case:
+    def case_of(self, c: Candidate) -> cost.Case:
         module, call = c.module, self.calls.get(c.name)
         if isinstance(module, nn.Conv2d):
             geometry = f"s{module.stride} p{module.padding} d{module.dilation}"
@@ -215,7 +215,7 @@ class _Planner:
     def _block_for(self, c: Candidate, density: float) -> tuple[int, int]:
         block = self.cfg.block
         if block == "auto":
-            return cost.choose_block(self._case(c), density)
+            return cost.choose_block(self.case_of(c), density)
         assert not isinstance(block, str)
         return as_block(block)
 
@@ -244,10 +244,11 @@ class _Planner:
         """
         live = {name: grid for name, grid in self.grids.items() if layers[name].state != "dense"}
         counts = {name: self.counts[name] for name in live}
-        self.drawn = make_block_masks(live, counts, pattern=self.cfg.pattern, seed=self.cfg.seed) if live else {}
-        for name, block_mask in self.drawn.items():
+        block_masks = make_block_masks(live, counts, pattern=self.cfg.pattern, seed=self.cfg.seed) if live else {}
+        for name, block_mask in block_masks.items():
             layout = BlockLayout.from_block_mask(self.grids[name], block_mask)
-            self._set_counts(layers[name], int(layout.mask().sum()))
+            self.drawn[name] = layout.mask()
+            self._set_counts(layers[name], int(self.drawn[name].sum()))
 
     def _densities(self, chosen: list[Candidate]) -> dict[str, float]:
         cfg = self.cfg
@@ -276,9 +277,8 @@ class _Planner:
                 sparsity=cfg.sparsity,
                 seed=cfg.seed,
             )
-            found = allocation.densities_from_scores(
-                scores, cfg.sparsity, costs=macs
-            )  # block_counts lifts to one block
+            # Its guard against layer collapse is one weight; block_counts lifts that to one block.
+            found = allocation.densities_from_scores(scores, cfg.sparsity, costs=macs)
         else:
             convs = [c.name for c in self.candidates if c.kind == "conv2d"]
             scheme: str | Mapping[str, float] = cfg.allocation
@@ -321,7 +321,7 @@ class _Planner:
         """For a foreign mask, "auto" is the block whose stored blocks, holes included, are predicted fastest."""
         if self.cfg.block != "auto":
             return self._block_for(c, 0.0)
-        case, best = self._case(c), ((1, 1), -1.0)
+        case, best = self.case_of(c), ((1, 1), -1.0)
         for size in (1, *cost.AUTO_BLOCKS):
             nnz = BlockLayout.from_mask(mask, size, groups=c.groups).nnz
             speed = cost.predict(case, (size, size), max(nnz, 1))[0]
@@ -330,7 +330,7 @@ class _Planner:
         return best[0]
 
     def _decide(self, c: Candidate, layer: LayerPlan, grid: BlockGrid, nnz: int, below: str) -> None:
-        case = self._case(c)
+        case = self.case_of(c)
         layer.block, layer.nnz, layer.blocks = grid.block, nnz, grid.blocks
         layer.speedup, layer.source = cost.predict(case, grid.block, max(nnz, 1))
         pays = cost.pays(layer.speedup, layer.source)
@@ -370,8 +370,7 @@ class _Planner:
         ignore_in_ddp(self.model)
 
     def _build(self, layer: LayerPlan, dense: nn.Module) -> SparseModule:
-        grid, drawn = self.grids[layer.name], self.drawn[layer.name]
-        mask = drawn if self.masks is not None else BlockLayout.from_block_mask(grid, drawn).mask()
+        grid, mask = self.grids[layer.name], self.drawn[layer.name]
         capacity = min(math.ceil(layer.nnz * self.cfg.capacity), grid.blocks)
         return to_sparse(dense, mask, grid.block, capacity=capacity, rescale=self.cfg.rescale)
 
@@ -404,7 +403,7 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     if bias is not None:
         linear.bias = bias
     linear.training = module.training
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+    for name in HOOKS:
         getattr(linear, name).update(getattr(module, name))
     return linear
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from sparsekern import cost
 from sparsekern.config import SparsityConfig
-from sparsekern.layout import BlockGrid
+from sparsekern.layout import BlockGrid, BlockLayout
 from sparsekern.masks import make_block_masks
 from sparsekern.nn import HOOKS
-from sparsekern.sparsify import _Planner, to_sparse
+from sparsekern.sparsify import Planner, to_sparse
 
-ROUNDS = 5
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 SECONDS_PER_LAYER = 2.0
 
 
@@ -39,10 +39,10 @@ def tune(
     Returns:
         {layer name: speedup}.
     """
-    planner = _Planner(model, cfg, None, None, example_input, None, None)
+    planner = Planner(model, cfg, None, None, example_input, None, None)
     plan = planner.plan()
     modules = {c.name: c.module for c in planner.candidates}
-    cases = {c.name: planner._case(c) for c in planner.candidates}
+    cases = {c.name: planner.case_of(c) for c in planner.candidates}
     found: dict[str, float] = {}
     timed: dict[tuple[str, str], float] = {}
     for layer in plan.layers:
@@ -66,9 +66,7 @@ def measure(
     """Median over interleaved rounds of dense time over sparse time, forward and backward, on random data."""
     dense = _without_hooks(dense)
     block_mask = make_block_masks({"layer": grid}, {"layer": count}, seed=0)["layer"]
-    bo, bi = grid.block
-    mask = grid.from_blocks(block_mask.reshape(-1, 1, 1).expand(-1, bo, bi))
-    sparse = to_sparse(dense, mask, grid.block)
+    sparse = to_sparse(dense, BlockLayout.from_block_mask(grid, block_mask).mask(), grid.block)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.x_shape, generator=generator).to(device=case.device, dtype=getattr(torch, case.dtype))
     if case.channels_last:
@@ -79,10 +77,8 @@ def measure(
     deadline = time.perf_counter() + seconds
     for module in (dense, sparse):
         _step(module, x, dy)
-    while len(ratios) < ROUNDS or (time.perf_counter() < deadline and len(ratios) < 50):
+    while len(ratios) < LEAST_ROUNDS or (time.perf_counter() < deadline and len(ratios) < MOST_ROUNDS):
         ratios.append(_timed(lambda: _step(dense, x, dy)) / _timed(lambda: _step(sparse, x, dy)))
-        if time.perf_counter() > deadline and len(ratios) >= 3:
-            break
     return statistics.median(ratios)
 
 
