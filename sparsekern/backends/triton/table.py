@@ -1,0 +1,191 @@
+"""Tuned tiles: the shipped ``tables/triton.json`` and the user's cache, in one format.
+
+Shipped: ``{"version": 1, "gpus": {gpu: {key: entry}}}``; the user's cache holds ``{key: entry}`` of one GPU as "tiles".
+A key names op, dtype, block, tokens (nearest power of two), shape and density (nearest of :data:`DENSITIES`). An entry
+holds the tile, seconds of the kernel and of the dense op, and the exact tokens and slots they were measured at.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekern.backends import user_cache
+from sparsekern.backends.triton import chips
+from sparsekern.backends.triton.problem import Problem, Tile
+
+VERSION = 1
+DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+# An entry answers for other shapes up to these many doublings of tokens, features and density together: assumed, the
+# best tile changes slowly with the shape, and its time is scaled by the model.
+REACH = 2.0
+TILE_FIELDS = tuple(Tile.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A measured tile.
+
+    Attributes:
+        problem: what it was measured on.
+        source: "tuned" (the user's cache) or "table" (shipped).
+    """
+
+    tile: Tile
+    problem: Problem
+    seconds: float
+    dense_seconds: float
+    source: str
+
+
+def token_bucket(m: int) -> int:
+    """The nearest power of two, by ratio."""
+    return 1 << max(round(math.log2(max(m, 1))), 0)
+
+
+def density_bucket(density: float) -> float:
+    """The nearest of :data:`DENSITIES`, by ratio."""
+    return min(DENSITIES, key=lambda known: abs(math.log(known / max(density, 1e-9))))
+
+
+def family(problem: Problem) -> str:
+    """What an entry must share with a problem to say anything about it."""
+    return f"{problem.op} {problem.dtype} b{problem.block[0]}x{problem.block[1]}"
+
+
+def key(problem: Problem) -> str:
+    """Identity of an entry."""
+    shape = f"{problem.out_features}x{problem.in_features}"
+    return f"{family(problem)} m{token_bucket(problem.m)} {shape} d{density_bucket(problem.density):g}"
+
+
+_shipped: dict[str, dict[str, Any]] | None = None
+_tuned: dict[Path, dict[str, Any]] = {}
+_generation = 0
+
+
+def generation() -> int:
+    """Grows whenever an entry is added or forgotten; part of the keys of whoever remembers choices."""
+    return _generation
+
+
+def reload() -> None:
+    """Read both tables again at the next look-up."""
+    global _shipped, _generation
+    _shipped = None
+    _tuned.clear()
+    _generation += 1
+
+
+def shipped() -> dict[str, dict[str, Any]]:
+    """{gpu: {key: entry}} of the package; empty if its version is another."""
+    global _shipped
+    if _shipped is None:
+        content = json.loads(
+            importlib.resources.files("sparsekern").joinpath("backends/tables/triton.json").read_text()
+        )
+        _shipped = content["gpus"] if content.get("version") == VERSION else {}
+    return _shipped
+
+
+def tuned(gpu: str) -> dict[str, Any]:
+    """{key: entry} of the user's cache."""
+    path = chips.cache_file(gpu)
+    if path not in _tuned:
+        _tuned[path] = chips.read_cache(gpu)["tiles"]
+    return _tuned[path]
+
+
+def lookup(gpu: str, problem: Problem) -> Iterator[Found]:
+    """Entries that answer for ``problem``, best first.
+
+    An entry of the same key, the user's before the shipped one; then the nearest others of the same op, dtype and
+    block: those of the same O and I first, then by the distance :data:`REACH` bounds.
+    """
+    sources = (("tuned", tuned(gpu)), ("table", shipped().get(gpu, {})))
+    near: list[tuple[bool, float, int, Found]] = []
+    for order, (source, entries) in enumerate(sources):
+        for text, entry in entries.items():
+            if not text.startswith(family(problem) + " "):
+                continue
+            found = _read(problem, entry, source)
+            if found is None:
+                continue
+            distance = _distance(problem, found.problem)
+            same = text == key(problem)
+            if same or distance <= REACH:
+                own = found.problem
+                reshaped = (own.out_features, own.in_features) != (problem.out_features, problem.in_features)
+                near.append((reshaped, -1.0 if same else distance, order, found))
+    near.sort(key=lambda candidate: candidate[:3])
+    return (found for *_, found in near)
+
+
+def _read(problem: Problem, entry: Any, source: str) -> Found | None:
+    """None for an entry that is not what this version writes: caches outlive versions."""
+    try:
+        tile = Tile(**{name: entry[name] for name in TILE_FIELDS})
+        sizes = {name: int(entry[name]) for name in ("m", "out_features", "in_features", "capacity")}
+        times = float(entry["seconds"]), float(entry["dense_seconds"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if min(*sizes.values(), *times) <= 0:
+        return None
+    return Found(tile, Problem(problem.op, problem.dtype, problem.block, **sizes), *times, source)
+
+
+def _distance(a: Problem, b: Problem) -> float:
+    pairs = (
+        (a.m, b.m),
+        (a.out_features, b.out_features),
+        (a.in_features, b.in_features),
+        (a.density, b.density),
+    )
+    return sum(abs(math.log2(max(x, 1e-9) / max(y, 1e-9))) for x, y in pairs)
+
+
+def remember(
+    gpu: str,
+    problem: Problem,
+    tile: Tile,
+    seconds: float,
+    dense_seconds: float,
+    skipped: Mapping[str, str] | None = None,
+) -> None:
+    """Add the best measured tile; :func:`save` writes it. ``skipped`` keeps why other tiles could not run."""
+    global _generation
+    entry: dict[str, Any] = {
+        **asdict(tile),
+        "m": problem.m,
+        "out_features": problem.out_features,
+        "in_features": problem.in_features,
+        "capacity": problem.capacity,
+        "seconds": seconds,
+        "dense_seconds": dense_seconds,
+    }
+    if skipped:
+        entry["skipped"] = dict(skipped)
+    tuned(gpu)[key(problem)] = entry
+    _generation += 1
+
+
+def save(gpu: str) -> Path:
+    """Write the user's cache of one GPU, keeping entries that another process added meanwhile."""
+    merged = {**chips.read_cache(gpu)["tiles"], **tuned(gpu)}
+    _tuned[chips.cache_file(gpu)] = merged
+    return chips.write_cache(gpu, tiles=merged)
+
+
+def export(path: Path | str, gpus: tuple[str, ...]) -> Path:
+    """Write the shipped table with the user's entries for ``gpus`` merged in, in the shipped format."""
+    merged = {gpu: dict(entries) for gpu, entries in shipped().items()}
+    for gpu in gpus:
+        own = {text: {k: v for k, v in entry.items() if k != "skipped"} for text, entry in tuned(gpu).items()}
+        merged.setdefault(gpu, {}).update(own)
+    about = "Tuned tiles by GPU, measured by sparsekern.tune; seconds are medians with a cold L2."
+    return user_cache.write(Path(path), {"about": about, "version": VERSION, "gpus": merged})

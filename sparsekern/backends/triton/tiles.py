@@ -1,0 +1,221 @@
+"""Which tiles there are for a problem, and which one runs it.
+
+The shipped tiles are few per op, dtype and block, each for a reason; everything here is derived, nothing measured yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sparsekern.backends import user_cache
+from sparsekern.backends.triton import chips, model, table
+from sparsekern.backends.triton.chips import Chip
+from sparsekern.backends.triton.problem import (
+    ITEMSIZE,
+    SHARED_RESERVE,
+    UNION_WIDTH,
+    Problem,
+    Tile,
+    accumulator_registers,
+    precision,
+    score_outputs,
+    shared_bytes,
+)
+
+__all__ = (
+    "BLOCKS",
+    "DTYPES",
+    "OPS",
+    "Choice",
+    "Problem",
+    "Tile",
+    "candidates",
+    "choose",
+    "precision",
+    "shared_bytes",
+    "shipped",
+    "why_not",
+)
+
+OPS = ("linear_forward", "linear_dgrad", "linear_wgrad", "block_scores")
+DTYPES = tuple(ITEMSIZE)
+EDGES = (16, 32, 64, 128)
+BLOCKS = tuple((bo, bi) for bo in EDGES for bi in EDGES)
+MOST_ACCUMULATORS = 128  # registers of one thread; more spill
+DESCRIPTORS = 90  # the first architecture that loads by descriptor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a problem.
+
+    Attributes:
+        tile: None where cuBLAS on the materialised weight is faster.
+        source: "tuned" (the user's cache), "table" (shipped) or "model".
+        seconds: of the best tile, whether it is taken or not; infinite if there is none.
+        dense_seconds: of the dense op, for a layer that is dense.
+        fallback_seconds: of the dense op and the way from and to stored blocks.
+    """
+
+    tile: Tile | None
+    source: str
+    seconds: float
+    dense_seconds: float
+    fallback_seconds: float
+
+    @property
+    def taken_seconds(self) -> float:
+        """Of what runs."""
+        return self.fallback_seconds if self.tile is None else self.seconds
+
+
+def candidates(problem: Problem, arch: int) -> tuple[Tile, ...]:
+    """Every shipped tile that can run ``problem``; they depend on op, dtype, block and architecture alone."""
+    return _tiles(problem.op, problem.dtype, problem.block, arch)
+
+
+def shipped(arch: int) -> Iterator[tuple[Problem, Tile]]:
+    """Every tile with a problem that uses it, for whoever compiles them all."""
+    for op in OPS:
+        for dtype in DTYPES:
+            for block in BLOCKS:
+                problem = Problem(op, dtype, block, 4096, 4096, 4096, 1).at_density(0.1)
+                for tile in candidates(problem, arch):
+                    yield problem, tile
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiles(op: str, dtype: str, block: tuple[int, int], arch: int) -> tuple[Tile, ...]:
+    if op not in OPS or dtype not in DTYPES or block not in BLOCKS:
+        return ()
+    problem = Problem(op, dtype, block, 1, 1, 1, 1)
+    listed = (
+        _wgrad(problem) if op == "linear_wgrad" else _scores(problem) if op == "block_scores" else _product(problem)
+    )
+    fitting = (_fitted(problem, tile, arch) for tile in listed)
+    return tuple(tile for tile in fitting if why_not(problem, tile, arch) is None)
+
+
+def _product(problem: Problem) -> Iterator[Tile]:
+    """forward and dgrad. 256 tokens read each weight least often; 128 leave room for two programs per multiprocessor,
+    so that one's epilogue hides behind the other; 32 are for few tokens."""
+    n, k = problem.edges
+    if problem.dtype == "float32":  # plain multiply-adds: operands pass through registers, so small stages
+        yield Tile("gather", 128, 16, 1, 8 if n >= 64 else 4, 3)
+        yield Tile("gather", 64, 16, 1, 4, 3)
+        return
+    depth = 128 // problem.itemsize  # a row of a stage is 128 bytes
+    stages = 3 if n == 128 else 4
+    yield Tile("gather", 256, depth, 1, 8 if n >= 64 else 4, 4)
+    yield Tile("gather", 128, depth, 1, 4, stages)
+    yield Tile("gather", 32, depth, 1, 4, 4)
+    if problem.itemsize == 2 and k >= 64:
+        yield Tile("tma", 256, depth, 1, 8, 4)
+        yield Tile("tma", 128, depth, 1, 4, stages)
+    if n <= 32 and k <= 64:  # narrow blocks use a tile of x too little to load it for one block row
+        yield Tile("union", 128, k, UNION_WIDTH // n, 4, 4)
+
+
+def _wgrad(problem: Problem) -> Iterator[Tile]:
+    """Wide panels read dy least often; short rows fill narrow ones better."""
+    (bo, bi), plain = problem.block, problem.dtype == "float32"
+    for width, stages in ((128, 2), (64, 2)) if plain else ((256, 4), (128, 3), (64, 4)):
+        if width >= bi:
+            warps = 8 if plain or width * bo > 128 * 128 else 4
+            yield Tile("panel", 64 if problem.itemsize == 2 else 32, 0, width // bi, warps, stages)
+
+
+def _scores(problem: Problem) -> Iterator[Tile]:
+    """A dense product: its usual tiles."""
+    if problem.dtype == "float32":
+        yield Tile("scores", 32, 0, 128, 8, 2)
+        return
+    tokens = 128 // problem.itemsize
+    yield Tile("scores", tokens, 0, 256, 8, 4)
+    yield Tile("scores", tokens, 0, 128, 4, 3)
+
+
+def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
+    """With as many stages as the architecture has shared memory for, at least 2."""
+    limit = chips.shared_limit(arch) - SHARED_RESERVE
+    while tile.stages > 2 and shared_bytes(problem, tile) > limit:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
+    """Why ``tile`` can't run ``problem`` on this architecture, or None."""
+    (bo, bi), (n, k) = problem.block, problem.edges
+    variants = {"linear_wgrad": ("panel",), "block_scores": ("scores",)}.get(problem.op, ("gather", "tma", "union"))
+    if tile.variant not in variants:
+        return f"variant: expected one of {', '.join(variants)}, got {tile.variant}"
+    if tile.bm not in (16, 32, 64, 128, 256):
+        return f"bm: expected a power of two within 16..256, got {tile.bm}"
+    if tile.variant in ("gather", "tma", "union"):
+        if tile.bk < 16 or (tile.bk % k and k % tile.bk):
+            return f"bk: expected a multiple or a divisor of {k}, 16 and more, got {tile.bk}"
+        if tile.variant == "tma":
+            if arch < DESCRIPTORS:
+                return f"tma: needs sm_{DESCRIPTORS} or later"
+            if problem.itemsize != 2 or k < 64 or tile.bk != 64:
+                return "tma: needs a 16-bit dtype, a block edge of 64 or more along the reduction, and bk 64"
+        if tile.variant == "union" and (n > 32 or tile.panel != UNION_WIDTH // n or tile.bk != k or k > 64):
+            return f"union: needs a block edge of 16 or 32 along the outputs, panel {UNION_WIDTH // n} and bk {k} <= 64"
+        if tile.variant != "union" and tile.panel != 1:
+            return f"panel: expected 1, got {tile.panel}"
+    elif tile.variant == "panel" and not (tile.panel & (tile.panel - 1) == 0 and 16 <= tile.panel * bi <= 256):
+        return f"panel: expected a power of two with {bi} x panel <= 256, got {tile.panel}"
+    elif tile.variant == "scores" and (tile.panel % bi or score_outputs(problem.block) % bo):
+        return f"panel: expected a multiple of {bi}, got {tile.panel}"
+    if tile.stages < 1 or tile.warps not in (1, 2, 4, 8, 16):
+        return f"expected 1 stage or more and a power of two of warps, got {tile.stages} and {tile.warps}"
+    limit = chips.shared_limit(arch) - SHARED_RESERVE
+    if shared_bytes(problem, tile) > limit:
+        return f"shared memory: {shared_bytes(problem, tile)} bytes, the limit is {limit}"
+    registers = accumulator_registers(problem, tile)
+    if registers > MOST_ACCUMULATORS:
+        return f"registers: {registers:.0f} accumulators per thread, the limit is {MOST_ACCUMULATORS}"
+    return None
+
+
+def choose(problem: Problem, chip: Chip, fallback: bool = True) -> Choice:
+    """What runs ``problem`` on ``chip``: a tuned entry, else the shipped table, else the model's best candidate.
+
+    An entry measured at another shape lends its tile; its times are scaled by what the model says of both shapes. The
+    dense op is taken whenever it is faster, the cost of materialising the weight included; with ``fallback`` False
+    (a forced backend) the best tile is taken all the same.
+
+    Raises:
+        ValueError: if no tile can run the problem and ``fallback`` is False.
+    """
+    return _choose(problem, chip, fallback, table.generation(), user_cache.folder())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, chip: Chip, fallback: bool, generation: int, folder: Path) -> Choice:
+    problem = replace(problem, m=max(problem.m, 1), capacity=max(problem.capacity, 1))
+    dense = model.dense_seconds(problem, chip)
+    materialise = model.dense_fallback_seconds(problem, chip) - dense
+    tile, seconds, source = _best(problem, chip), float("inf"), "model"
+    if tile is not None:
+        seconds = model.seconds(problem, tile, chip)
+    for found in table.lookup(chip.name, problem):
+        if why_not(problem, found.tile, chip.arch) is None:
+            own = found.problem
+            tile, source = found.tile, found.source
+            seconds = found.seconds * model.seconds(problem, tile, chip) / model.seconds(own, tile, chip)
+            dense = found.dense_seconds * dense / model.dense_seconds(own, chip)
+            break
+    if tile is None and not fallback:
+        raise ValueError(f"{problem.op}: no tile for block {problem.block} in {problem.dtype} on sm_{chip.arch}")
+    if fallback and dense + materialise < seconds:
+        tile = None
+    return Choice(tile, source, seconds, dense, dense + materialise)
+
+
+def _best(problem: Problem, chip: Chip) -> Tile | None:
+    listed = candidates(problem, chip.arch)
+    return min(listed, key=lambda tile: model.seconds(problem, tile, chip), default=None)

@@ -1,0 +1,36 @@
+"""Files of the user's cache: what was measured on this machine. An unreadable file counts as empty."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def folder() -> Path:
+    """``SPARSEKERN_CACHE``, else ``sparsekern`` in the XDG cache folder."""
+    root = os.environ.get("SPARSEKERN_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
+
+
+def slug(name: str) -> str:
+    """``name`` of a processor or GPU as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in name.strip()).strip("-").lower()
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Replace the file in one step, so that another process never reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    scratch.replace(path)
+    return path
