@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import device as on_device
 from benchmarks import machine, shapes
-from benchmarks.problems import ERROR_BOUND, Problem
+from benchmarks.problems import Problem
 from benchmarks.shapes import Case, Selection
-from benchmarks.timing import CpuTimer, Effort, Timer, race, speedup
+from benchmarks.timing import CpuTimer, CudaTimer, Effort, Timer, race, speedup
+from sparsekern.backends import forced
 
 _CASES: dict[str, Callable[[Selection], list[Any]]] = {
     "linear_case": shapes.linear_cases,
@@ -21,6 +23,9 @@ _CASES: dict[str, Callable[[Selection], list[Any]]] = {
     "peer_case": shapes.peer_cases,
     "train_case": shapes.train_cases,
 }
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", default=None, metavar="1,2", help="thread counts (default: 1,2; toy: 1)")
     group.addoption("--sk-blocks", default=None, metavar="16,32", help="block edges instead of the suite's")
     group.addoption("--sk-sparsities", default=None, metavar="80,90", help="percents instead of the suite's")
+    group.addoption("--sk-device", choices=("cpu", "cuda"), default=None, help="default: cuda for the gpu suites")
+    group.addoption("--sk-dtype", choices=_DTYPES, default=None, help="default: float32, bfloat16 for the gpu suites")
+    group.addoption("--sk-shapes", default=None, metavar="8192x4096->4096", help="only these, by name, commas between")
     group.addoption("--sk-passes", default=None, metavar="forward,step", help="passes instead of the suite's")
 
 
@@ -44,17 +52,19 @@ def _disabled(config: pytest.Config) -> bool:
 
 def _selection(config: pytest.Config) -> Selection:
     suite = config.getoption("--sk-suite") or ("toy" if _disabled(config) else "quick")
-    passes = config.getoption("--sk-passes")
+    passes, names = config.getoption("--sk-passes"), config.getoption("--sk-shapes")
+    on_cpu = suite in shapes.CPU_SUITES and config.getoption("--sk-device") != "cuda"
     try:
         blocks, sparsities = _numbers(config.getoption("--sk-blocks")), _numbers(config.getoption("--sk-sparsities"))
-        threads = _numbers(config.getoption("--threads")) or ((1,) if suite == "toy" else (1, 2))
+        threads = _numbers(config.getoption("--threads")) or ((1, 2) if on_cpu and suite != "toy" else (1,))
     except ValueError as error:
         raise pytest.UsageError(
             f"--threads, --sk-blocks, --sk-sparsities: expected 16,32 or the like, {error}"
         ) from None
     if passes and not set(passes.split(",")) <= set(shapes.PASSES):
         raise pytest.UsageError(f"--sk-passes: expected some of {','.join(shapes.PASSES)}, got {passes!r}")
-    return Selection(suite, threads, blocks, sparsities, tuple(passes.split(",")) if passes else None)
+    as_names = (tuple(text.split(",")) if text else None for text in (passes, names))
+    return Selection(suite, threads, blocks, sparsities, *as_names)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,8 +87,35 @@ def effort(request: pytest.FixtureRequest) -> Effort:
 
 
 @pytest.fixture(scope="session")
-def timer() -> Timer:
-    return CpuTimer()
+def device(request: pytest.FixtureRequest) -> str:
+    """Where operands live: "cpu" or "cuda"."""
+    config = request.config
+    wish = config.getoption("--sk-device")
+    found = wish or ("cuda" if _selection(config).suite in shapes.GPU_SUITES else "cpu")
+    if found == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "--sk-device cuda: no CUDA device here; pass --sk-device cpu to rehearse the gpu suites"
+        )
+    return str(found)
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    config = request.config
+    wish = config.getoption("--sk-dtype")
+    found = getattr(torch, wish or ("bfloat16" if _selection(config).suite in shapes.GPU_SUITES else "float32"))
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+@pytest.fixture(scope="session")
+def gpu_suite(request: pytest.FixtureRequest) -> bool:
+    return _selection(request.config).suite in shapes.GPU_SUITES
+
+
+@pytest.fixture(scope="session")
+def timer(device: str) -> Timer:
+    return CudaTimer() if device == "cuda" else CpuTimer()
 
 
 @pytest.fixture
@@ -87,6 +124,17 @@ def with_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def gpu_figures(
+    dense: Callable[[], object], sparse: Callable[[], object], timer: Timer, effort: Effort
+) -> dict[str, Any]:
+    """Figures beside device time of both contenders; taken before the race, which interleaves them."""
+    return {
+        **on_device.beside("dense", dense, timer, effort.disabled),
+        **on_device.beside("sparse", sparse, timer, effort.disabled),
+        "gpu_state": machine.gpu_state(),
+    }
 
 
 @pytest.fixture
@@ -99,6 +147,7 @@ def measure_pass(
         with_threads(case.threads)
         calls = problem.calls(case.pass_)
         error = problem.error(case.pass_)
+        extra = {} if problem.device == "cpu" else gpu_figures(calls.dense, calls.sparse, timer, effort)
         neighbours = machine.Neighbours()
         benchmark.group = f"{problem.op} {case.pass_}"  # read when the race starts
         contenders = {"dense": calls.dense, "sparse": calls.sparse}
@@ -114,7 +163,9 @@ def measure_pass(
             block=case.block,
             sparsity=case.sparsity,
             density=problem.density,
-            dtype="float32",
+            dtype=str(problem.dtype).removeprefix("torch."),
+            device=problem.device,
+            mode=forced(),
             threads=case.threads,
             backend=problem.backend,
             bias=case.shape.bias,
@@ -127,8 +178,12 @@ def measure_pass(
             gbytes_per_s=problem.bytes_moved(case.pass_) / median["sparse"] / 1e9,
             max_error=error,
             neighbours=neighbours.cores(),
+            error_bound=problem.error_bound,
+            index_bytes=problem.layout.index.numel() * problem.layout.index.element_size(),
+            value_bytes=problem.values.numel() * problem.values.element_size(),
+            **extra,
         )
-        assert error <= ERROR_BOUND, f"expected an error of at most {ERROR_BOUND}, got {error}"
+        assert error <= problem.error_bound, f"expected an error of at most {problem.error_bound}, got {error}"
 
     return run
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _ISA = "sse4_2 avx fma avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 amx_tile asimd sve".split()
-_ENVIRONMENT = "OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS SPARSEKERN_BACKEND SPARSEKERN_ISA".split()
+# SPARSEKERN_BACKEND is a fact of each row, not of the machine.
+_ENVIRONMENT = "OMP_NUM_THREADS OMP_PROC_BIND OMP_WAIT_POLICY MKL_NUM_THREADS SPARSEKERN_ISA".split()
 
 
 def _cpuinfo() -> str:
@@ -68,9 +72,66 @@ def machine_info() -> dict[str, Any]:
         "sparsekern": sparsekern_info(),
     }
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        info["gpu"] = {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+        info["gpu"] = gpu_info()
     return info
+
+
+_SMI_STABLE = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+_SMI_NOW = (
+    *("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu", "pstate"),
+    *("clocks_event_reasons.active", "memory.used"),
+)
+
+
+def gpu_info() -> dict[str, Any]:
+    """What of the GPU and its software must agree before two results may be compared."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "l2": getattr(properties, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton_version(),
+        **nvidia_smi(_SMI_STABLE),
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and what limits them, at this moment."""
+    return nvidia_smi(_SMI_NOW)
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def nvidia_smi(fields: Sequence[str]) -> dict[str, str]:
+    """What nvidia-smi answers for GPU 0; fields that it does not know or has no answer for are left out."""
+    answer = _ask_smi(fields)
+    if answer is None:  # one unknown field spoils the whole question
+        single = ((name, _ask_smi([name])) for name in fields)
+        return {name: found[0] for name, found in single if found and "N/A" not in found[0]}
+    return {name: value for name, value in zip(fields, answer, strict=True) if "N/A" not in value}
+
+
+def _ask_smi(fields: Sequence[str]) -> list[str] | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    asked = [tool, "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return values if done.returncode == 0 and len(values) == len(fields) else None
 
 
 class Neighbours:

@@ -1,7 +1,8 @@
 """Operands of one row and the calls that are timed: dense twin and sparse operator on the same tensors.
 
-Correctness is measured on the timed operands: max |error| against float64, relative to the same product of absolute
-values, which a sound float32 kernel keeps below 1e-5 whatever the cancellation.
+Correctness is measured on the timed operands: max |error| against float64 of the same rounded operands, relative to the
+same product of absolute values. A sound float32 kernel keeps it below 1e-5 whatever the cancellation; one that
+accumulates in float32 and rounds once to a 16-bit result adds that rounding, 2^-8 for bfloat16 and 2^-11 for float16.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from benchmarks.shapes import ConvShape, LinearShape
 from sparsekern.backends import select
 from sparsekern.layout import BlockGrid, BlockLayout, as_block
 
-ERROR_BOUND = 1e-5
+ERROR_BOUND = 1e-5  # float32
 _TOKENS_CHECKED = 64
 _IMAGES_CHECKED = 1
 
 
-def random_layout(weight_shape: tuple[int, ...], block: int, sparsity: int) -> BlockLayout:
-    """A layout with the exact number of blocks drawn at random, at least one.
+def error_bound(dtype: torch.dtype) -> float:
+    """The largest relative error a sound kernel of this dtype makes: float32 accumulation, one final rounding."""
+    return ERROR_BOUND + (torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0)
+
+
+def random_layout(
+    weight_shape: tuple[int, ...], block: int, sparsity: int, device: str | torch.device = "cpu"
+) -> BlockLayout:
+    """A layout with the exact number of blocks drawn at random, at least one; the same on every device.
 
     Args:
         weight_shape: ``(O, I)`` or ``(O, C, R, S)``.
@@ -39,7 +47,7 @@ def random_layout(weight_shape: tuple[int, ...], block: int, sparsity: int) -> B
     keep = max(1, round(grid.blocks * (100 - sparsity) / 100))
     mask = torch.zeros(grid.blocks, dtype=torch.bool)
     mask[torch.randperm(grid.blocks, generator=generator)[:keep]] = True
-    return BlockLayout.from_block_mask(grid, mask)
+    return BlockLayout.from_block_mask(grid, mask.to(device))
 
 
 def relative_error(got: Tensor, want: Tensor, absolute: Tensor) -> float:
@@ -57,15 +65,19 @@ class Calls:
 
 
 class LinearOperands:
-    """Random x [M, I], dy [M, O], w [O, I], bias [O] of one shape; the same on every run."""
+    """Random x [M, I], dy [M, O], w [O, I], bias [O] of one shape; the same on every run and device."""
 
-    def __init__(self, shape: LinearShape) -> None:
+    def __init__(self, shape: LinearShape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
         self.shape = shape
-        self.x = torch.randn(shape.m, shape.i, generator=generator)
-        self.dy = torch.randn(shape.m, shape.o, generator=generator)
-        self.weight = torch.randn(shape.o, shape.i, generator=generator) / shape.i**0.5
-        self.bias = torch.randn(shape.o, generator=generator) if shape.bias else None
+        self.x = draw(shape.m, shape.i)
+        self.dy = draw(shape.m, shape.o)
+        self.weight = draw(shape.o, shape.i, scale=shape.i**-0.5)
+        self.bias = draw(shape.o) if shape.bias else None
 
     @functools.cached_property
     def wgrad_reference(self) -> tuple[Tensor, Tensor]:
@@ -77,17 +89,22 @@ class LinearOperands:
 class ConvOperands:
     """Random x [N, C, H, W], dy [N, O, P, Q], w [O, C, R, S] in one memory format; the same on every run."""
 
-    def __init__(self, shape: ConvShape, memory_format: str) -> None:
+    def __init__(
+        self, shape: ConvShape, memory_format: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         fmt = torch.channels_last if memory_format == "nhwc" else torch.contiguous_format
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+
         self.shape = shape
         self.channels_last = memory_format == "nhwc"
         fan_in = shape.c * shape.r * shape.r
-        self.x = torch.randn(shape.n, shape.c, shape.h, shape.h, generator=generator).contiguous(memory_format=fmt)
-        self.dy = torch.randn(shape.n, shape.o, shape.p, shape.p, generator=generator).contiguous(memory_format=fmt)
-        weight = torch.randn(shape.o, shape.c, shape.r, shape.r, generator=generator) / fan_in**0.5
-        self.weight = weight.contiguous(memory_format=fmt)
-        self.bias = torch.randn(shape.o, generator=generator) if shape.bias else None
+        self.x = draw(shape.n, shape.c, shape.h, shape.h).contiguous(memory_format=fmt)
+        self.dy = draw(shape.n, shape.o, shape.p, shape.p).contiguous(memory_format=fmt)
+        self.weight = draw(shape.o, shape.c, shape.r, shape.r, scale=fan_in**-0.5).contiguous(memory_format=fmt)
+        self.bias = draw(shape.o) if shape.bias else None
 
     @functools.cached_property
     def wgrad_reference(self) -> tuple[Tensor, Tensor]:
@@ -101,13 +118,15 @@ class ConvOperands:
 
 
 @functools.lru_cache(maxsize=1)
-def linear_operands(shape: LinearShape) -> LinearOperands:
-    return LinearOperands(shape)
+def linear_operands(shape: LinearShape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LinearOperands:
+    return LinearOperands(shape, device, dtype)
 
 
 @functools.lru_cache(maxsize=1)
-def conv_operands(shape: ConvShape, memory_format: str) -> ConvOperands:
-    return ConvOperands(shape, memory_format)
+def conv_operands(
+    shape: ConvShape, memory_format: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> ConvOperands:
+    return ConvOperands(shape, memory_format, device, dtype)
 
 
 class Problem:
@@ -118,7 +137,7 @@ class Problem:
     def __init__(self, operands: Any, block: int, sparsity: int) -> None:
         self.operands = operands
         self.shape = operands.shape
-        self.layout = random_layout(tuple(operands.weight.shape), block, sparsity)
+        self.layout = random_layout(tuple(operands.weight.shape), block, sparsity, operands.weight.device)
         self.values = self.layout.from_dense(operands.weight)
         self.block = block
 
@@ -126,6 +145,18 @@ class Problem:
     def backend(self) -> str:
         """Name of the backend that runs."""
         return select(self.op, self.operands.x, self.layout.grid.block).__name__.rpartition(".")[2]
+
+    @property
+    def device(self) -> str:
+        return str(self.operands.x.device.type)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operands.x.dtype
+
+    @property
+    def error_bound(self) -> float:
+        return error_bound(self.dtype)
 
     @property
     def density(self) -> float:
@@ -222,7 +253,7 @@ class LinearProblem(Problem):
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         o = self.operands
-        dense = nn.Linear(self.shape.i, self.shape.o, bias=o.bias is not None)
+        dense = nn.Linear(self.shape.i, self.shape.o, bias=o.bias is not None, device=o.x.device, dtype=o.x.dtype)
         with torch.no_grad():
             dense.weight.copy_(o.weight)
             if o.bias is not None:
@@ -244,12 +275,13 @@ class LinearProblem(Problem):
         return self.forward_error(out) if pass_ == "forward" else self.dgrad_error(out)
 
     def rows_checked(self) -> Tensor:
-        return torch.linspace(0, self.shape.m - 1, min(_TOKENS_CHECKED, self.shape.m)).long()
+        rows = torch.linspace(0, self.shape.m - 1, min(_TOKENS_CHECKED, self.shape.m)).long()
+        return rows.to(self.operands.x.device)
 
     def forward_error(self, y: Tensor) -> float:
         rows = self.rows_checked()
         x, w = self.operands.x[rows].double(), self.layout.to_dense(self.values).double()
-        bias = torch.zeros(self.shape.o).double() if self.operands.bias is None else self.operands.bias.double()
+        bias = x.new_zeros(self.shape.o) if self.operands.bias is None else self.operands.bias.double()
         return relative_error(y[rows], F.linear(x, w, bias), F.linear(x.abs(), w.abs(), bias.abs()))
 
     def dgrad_error(self, dx: Tensor) -> float:
@@ -303,7 +335,8 @@ class ConvProblem(Problem):
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
         o, s = self.operands, self.shape
-        dense = nn.Conv2d(s.c, s.o, s.r, s.stride, s.padding, bias=o.bias is not None)
+        options: dict[str, Any] = {"bias": o.bias is not None, "device": o.x.device, "dtype": o.x.dtype}
+        dense = nn.Conv2d(s.c, s.o, s.r, s.stride, s.padding, **options)
         if o.channels_last:
             dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
@@ -331,7 +364,7 @@ class ConvProblem(Problem):
     def forward_error(self, y: Tensor) -> float:
         o, s = self.operands, self.shape
         x, w = o.x[-_IMAGES_CHECKED:].double().contiguous(), self.layout.to_dense(self.values).double().contiguous()
-        bias = torch.zeros(s.o).double() if o.bias is None else o.bias.double()
+        bias = x.new_zeros(s.o) if o.bias is None else o.bias.double()
         want = F.conv2d(x, w, bias, s.stride, s.padding)
         return relative_error(y[-_IMAGES_CHECKED:], want, F.conv2d(x.abs(), w.abs(), bias.abs(), s.stride, s.padding))
 
@@ -345,10 +378,19 @@ class ConvProblem(Problem):
 
 
 @functools.lru_cache(maxsize=1)
-def linear_problem(shape: LinearShape, block: int, sparsity: int) -> LinearProblem:
-    return LinearProblem(linear_operands(shape), block, sparsity)
+def linear_problem(
+    shape: LinearShape, block: int, sparsity: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LinearProblem:
+    return LinearProblem(linear_operands(shape, device, dtype), block, sparsity)
 
 
 @functools.lru_cache(maxsize=1)
-def conv_problem(shape: ConvShape, memory_format: str, block: int, sparsity: int) -> ConvProblem:
-    return ConvProblem(conv_operands(shape, memory_format), block, sparsity)
+def conv_problem(
+    shape: ConvShape,
+    memory_format: str,
+    block: int,
+    sparsity: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ConvProblem:
+    return ConvProblem(conv_operands(shape, memory_format, device, dtype), block, sparsity)

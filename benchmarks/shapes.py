@@ -9,7 +9,9 @@ PASSES = ("forward", "dgrad", "wgrad", "step")
 BLOCKS = (1, 4, 8, 16, 32, 64)
 SPARSITIES = (50, 70, 80, 90, 95, 98)  # percent of the blocks removed
 FORMATS = ("nchw", "nhwc")
-SUITES = ("toy", "quick", "gate", "full", "cross")
+CPU_SUITES = ("toy", "quick", "gate", "full", "cross")
+GPU_SUITES = ("gpu-toy", "gpu-gate", "gpu-full")
+SUITES = CPU_SUITES + GPU_SUITES
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class TrainCase:
 class Grid:
     """Shapes that share blocks, sparsities and passes; ``step_blocks`` limits the costly whole step."""
 
-    shapes: tuple[LinearShape | ConvShape, ...]
+    shapes: Sequence[LinearShape | ConvShape]
     blocks: tuple[int, ...] = BLOCKS
     sparsities: tuple[int, ...] = SPARSITIES
     passes: tuple[str, ...] = PASSES
@@ -119,6 +121,7 @@ class Selection:
     blocks: tuple[int, ...] | None = None
     sparsities: tuple[int, ...] | None = None
     passes: tuple[str, ...] | None = None
+    shapes: tuple[str, ...] | None = None  # names, see LinearShape.name
 
 
 LINEAR = LinearShape(2048, 1024, 1024)
@@ -137,6 +140,21 @@ CONV_EXTRA = (
     ConvShape(128, 128, 256, 16, r=1, stride=2),
 )
 
+LINEAR_GPU = LinearShape(8192, 4096, 4096)  # the shape of the targets, see targets.json
+LINEAR_GPU_PEERS = LinearShape(8192, 4096, 4096, bias=False)
+LINEAR_GPU_MORE = (
+    LinearShape(8192, 1024, 1024),
+    LinearShape(8192, 2048, 2048),
+    LinearShape(8192, 768, 3072),
+    LinearShape(8192, 8192, 8192),
+)
+BLOCKS_GPU = (64, 32, 128, 16)
+CONV_GPU = (  # the 3x3 layers of WRN-28-10 on CIFAR
+    ConvShape(128, 160, 160, 32),
+    ConvShape(128, 320, 320, 16),
+    ConvShape(128, 640, 640, 8),
+)
+
 LINEAR_SUITES: dict[str, tuple[Grid, ...]] = {
     "toy": (
         Grid((LinearShape(96, 64, 128),), (1, 4, 16, 32), (50, 90)),
@@ -146,6 +164,12 @@ LINEAR_SUITES: dict[str, tuple[Grid, ...]] = {
     "gate": (Grid((LINEAR,), (16, 32), (90,)),),
     "full": (Grid((LINEAR,)), Grid(LINEAR_MORE, (16, 32), (80, 90, 95))),
     "cross": (Grid((LINEAR, *LINEAR_MORE)),),
+    "gpu-toy": (Grid((LinearShape(64, 128, 64),), (16, 32), (50,)), Grid((LinearShape(33, 50, 70),), (16,), (80,))),
+    "gpu-gate": (Grid((LINEAR_GPU,), BLOCKS_GPU, (90,)),),
+    "gpu-full": (
+        Grid((LINEAR_GPU,), BLOCKS_GPU, (50, 80, 90, 95)),
+        Grid(LINEAR_GPU_MORE, (64, 32, 128), (80, 90, 95), ("forward", "step")),
+    ),
 }
 CONV_SUITES: dict[str, tuple[Grid, ...]] = {
     "toy": (
@@ -160,6 +184,9 @@ CONV_SUITES: dict[str, tuple[Grid, ...]] = {
         Grid(CONV_EXTRA, (16, 32), (90,), step_blocks=(32,)),
     ),
     "cross": (Grid((CONV, *CONV_MORE, *CONV_EXTRA)),),
+    "gpu-toy": (Grid((ConvShape(2, 32, 32, 6),), (16,), (50,)),),
+    "gpu-gate": (Grid((CONV_GPU[1],), (32,), (90,)),),
+    "gpu-full": (Grid(CONV_GPU, (32, 64), (80, 90)),),
 }
 _MNIST, _CIFAR = (1, 28, 28), (3, 32, 32)
 TRAIN_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, ...], tuple[int, ...]], ...]] = {
@@ -185,9 +212,15 @@ PEER_SUITES: dict[str, tuple[Grid, ...]] = {
     "gate": (),
     "full": (Grid((LINEAR_PEERS,), (1, 16), (80, 90, 95), PASSES[:3]),),
     "cross": (Grid((LINEAR_PEERS,), (1, 16, 32), SPARSITIES, PASSES[:3]),),
+    "gpu-toy": (Grid((LinearShape(64, 64, 64, bias=False),), (16,), (50,)),),
+    "gpu-gate": (),
+    "gpu-full": (Grid((LINEAR_GPU_PEERS,), BLOCKS_GPU, (80, 90)),),
 }
-ROUNDS = {"toy": 3, "quick": 10, "gate": 15, "full": 5, "cross": 5}
-BUDGET_S = {"toy": 0.1, "quick": 3.0, "gate": 6.0, "full": 0.5, "cross": 0.5}
+ROUNDS = {"toy": 3, "quick": 10, "gate": 15, "full": 5, "cross": 5, "gpu-toy": 3, "gpu-gate": 50, "gpu-full": 30}
+BUDGET_S = {
+    **{"toy": 0.1, "quick": 3.0, "gate": 6.0, "full": 0.5, "cross": 0.5},
+    **{"gpu-toy": 0.1, "gpu-gate": 1.0, "gpu-full": 0.6},
+}
 
 
 def linear_cases(want: Selection) -> list[Case]:
@@ -195,17 +228,18 @@ def linear_cases(want: Selection) -> list[Case]:
 
 
 def conv2d_cases(want: Selection) -> list[Case]:
-    return list(_expand(CONV_SUITES[want.suite], FORMATS, want))
+    return list(_expand(CONV_SUITES[want.suite], FORMATS[1:] if want.suite in GPU_SUITES else FORMATS, want))
 
 
 def peer_cases(want: Selection) -> list[Case]:
-    return [case for case in _expand(PEER_SUITES[want.suite], ("row-major",), want) if case.pass_ != "step"]
+    cases = _expand(PEER_SUITES[want.suite], ("row-major",), want)
+    return [case for case in cases if case.pass_ != "step" or want.suite in GPU_SUITES]
 
 
 def train_cases(want: Selection) -> list[TrainCase]:
     return [
         TrainCase(model, in_shape, batch, block, sparsity, threads)
-        for model, in_shape, batch, blocks, sparsities in TRAIN_SUITES[want.suite]
+        for model, in_shape, batch, blocks, sparsities in TRAIN_SUITES.get(want.suite, ())
         for block in want.blocks or blocks
         for sparsity in want.sparsities or sparsities
         for threads in want.threads
@@ -216,6 +250,8 @@ def _expand(grids: Sequence[Grid], formats: Sequence[str], want: Selection) -> I
     """Passes and threads vary fastest: cases in a row share operands, layout and reference results."""
     for grid in grids:
         for shape in grid.shapes:
+            if want.shapes and shape.name not in want.shapes:
+                continue
             for memory_format in formats:
                 for block in want.blocks or grid.blocks:
                     for sparsity in want.sparsities or grid.sparsities:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from benchmarks.problems import Problem, linear_problem
 from benchmarks.shapes import Case, LinearShape
@@ -12,6 +13,9 @@ from benchmarks.timing import CLOCK
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_linear(linear_case: Case, measure_pass: Callable[[Case, Problem], None]) -> None:
-    assert isinstance(linear_case.shape, LinearShape)
-    measure_pass(linear_case, linear_problem(linear_case.shape, linear_case.block, linear_case.sparsity))
+def test_linear(
+    linear_case: Case, measure_pass: Callable[[Case, Problem], None], device: str, dtype: torch.dtype
+) -> None:
+    case = linear_case
+    assert isinstance(case.shape, LinearShape)
+    measure_pass(case, linear_problem(case.shape, case.block, case.sparsity, device, dtype))

@@ -8,22 +8,31 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import machine, peers
 from benchmarks.problems import linear_problem
 from benchmarks.shapes import Case, LinearShape
 from benchmarks.timing import CLOCK, Effort, Timer, race, speedup
+from sparsekern.backends import forced
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_peers(
-    peer_case: Case, benchmark: Any, timer: Timer, effort: Effort, with_threads: Callable[[int], None]
+    peer_case: Case,
+    benchmark: Any,
+    timer: Timer,
+    effort: Effort,
+    with_threads: Callable[[int], None],
+    device: str,
+    dtype: torch.dtype,
+    gpu_suite: bool,
 ) -> None:
     case = peer_case
     assert isinstance(case.shape, LinearShape)
     with_threads(case.threads)
-    problem = linear_problem(case.shape, case.block, case.sparsity)
-    calls, reasons = peers.ready(problem, case.pass_)
+    problem = linear_problem(case.shape, case.block, case.sparsity, device, dtype)
+    calls, reasons = peers.ready(problem, case.pass_, peers.of_device(device, rehearse_gpu=gpu_suite))
     ours = problem.calls(case.pass_)
     contenders = {"dense": ours.dense, "sparse": ours.sparse, **calls}
     benchmark.group = f"peers {case.pass_}"
@@ -46,7 +55,9 @@ def test_peers(
         block=case.block,
         sparsity=case.sparsity,
         density=problem.density,
-        dtype="float32",
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        mode=forced(),
         threads=case.threads,
         backend=problem.backend,
         dense_median_s=statistics.median(times["dense"]),

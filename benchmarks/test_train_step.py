@@ -72,15 +72,20 @@ class TrainingStep:
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_train_step(
-    train_case: TrainCase, benchmark: Any, timer: Timer, effort: Effort, with_threads: Callable[[int], None]
+    train_case: TrainCase,
+    benchmark: Any,
+    timer: Timer,
+    effort: Effort,
+    with_threads: Callable[[int], None],
+    device: str,
 ) -> None:
     case = train_case
     with_threads(case.threads)
     torch.manual_seed(0)
-    images = torch.randn(case.batch, *case.in_shape)
-    labels = torch.randint(0, 10, (case.batch,))
-    dense = models.build(case.model, in_shape=case.in_shape)
-    sparse = models.build(case.model, in_shape=case.in_shape)
+    images = torch.randn(case.batch, *case.in_shape).to(device)
+    labels = torch.randint(0, 10, (case.batch,)).to(device)
+    dense = models.build(case.model, in_shape=case.in_shape).to(device)
+    sparse = models.build(case.model, in_shape=case.in_shape).to(device)
     toy = case.batch < 32  # nothing pays at toy sizes, and a plan that leaves all dense would test nothing
     config = sk.SparsityConfig(
         sparsity=case.sparsity / 100, block=case.block or "auto", below_break_even="sparse" if toy else "dense"
@@ -91,7 +96,7 @@ def test_train_step(
 
     steps = {
         name: TrainingStep(model, images, labels, timer)
-        for name, model in {"dense": dense, "narrow": narrow, "sparse": sparse}.items()
+        for name, model in {"dense": dense, "narrow": narrow.to(device), "sparse": sparse}.items()
     }
     benchmark.group = "train step"
     neighbours = machine.Neighbours()
@@ -109,6 +114,7 @@ def test_train_step(
         block=case.block or "auto",
         sparsity=case.sparsity,
         dtype="float32",
+        device=device,
         threads=case.threads,
         narrow_width=width,
         layers=layers,

@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 MIN_ROUNDS = 3
+_LARGE_L2 = 128 << 20  # where the device does not say
 MIN_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample: below it, call-to-call noise passed 5 %
 
 
@@ -35,11 +38,9 @@ CLOCK = VirtualClock()
 
 
 class Timer(Protocol):
-    """Points in time on a device and the seconds between them.
+    """Points in time on a device and the seconds between them."""
 
-    On a GPU a mark is an event on the current stream, and ``prepare`` empties L2 without waiting for it: that memset
-    then hides the launch of the first kernel, and the events hold device time only.
-    """
+    repeats_short: bool  # whether short calls may be averaged over several in a row, operands warm in cache
 
     def prepare(self) -> None:
         """Called before each sample, outside the timed section."""
@@ -54,6 +55,8 @@ class Timer(Protocol):
 class CpuTimer:
     """Wall time. Caches stay as the contender before left them: large operands do not fit, small ones are warm."""
 
+    repeats_short = True
+
     def prepare(self) -> None:
         pass
 
@@ -62,6 +65,42 @@ class CpuTimer:
 
     def seconds(self, start: float, end: float) -> float:
         return end - start
+
+
+class CudaTimer:
+    """Device time between two events on the current stream, every sample with a cold L2.
+
+    ``prepare`` queues two things and waits for neither: a write over a buffer larger than L2, and a spin that keeps the
+    device busy while the host queues the timed calls. The events then hold device time, not launch gaps, as long as
+    queueing takes less than the spin.
+
+    Args:
+        cuda: ``torch.cuda`` or a stand-in.
+        l2_bytes: size of the L2 cache; None asks the device.
+        spin_cycles: length of the spin in clock cycles, half a millisecond at 2 GHz.
+    """
+
+    repeats_short = False
+
+    def __init__(self, cuda: Any = torch.cuda, *, l2_bytes: int | None = None, spin_cycles: int = 1_000_000) -> None:
+        self.cuda, self.spin_cycles = cuda, spin_cycles
+        if l2_bytes is None:
+            l2_bytes = int(getattr(cuda.get_device_properties(0), "L2_cache_size", 0)) or _LARGE_L2
+        device = "cuda" if cuda is torch.cuda else "cpu"
+        self.scratch = torch.zeros(4 * l2_bytes, dtype=torch.uint8, device=device)
+
+    def prepare(self) -> None:
+        self.scratch.zero_()
+        self.cuda._sleep(self.spin_cycles)
+
+    def mark(self) -> Any:
+        event = self.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)
@@ -99,7 +138,8 @@ def race(
         contenders: name to a call without arguments.
         hero: the contender that pytest-benchmark records.
         effort: limits of the case; ``disabled`` runs everything exactly once, untimed.
-        repeat_short: average calls under 2 ms over several in a row (off for training steps, which keep state).
+        repeat_short: average calls under 2 ms over several in a row where the timer allows it (off for training steps,
+            which keep state).
 
     Returns:
         Seconds per call of each contender, one number per round; index ``k`` is the same round for all.
@@ -113,7 +153,9 @@ def race(
 
     first = {name: sample(timer, contender, 1) for name, contender in contenders.items()}  # warm-up
     loops = dict.fromkeys(contenders, 1)
-    if repeat_short:
+    if not timer.repeats_short:  # a first call on a GPU loads libraries: it says nothing about the rounds to come
+        first = {name: sample(timer, contender, 1) for name, contender in contenders.items()}
+    elif repeat_short:
         for name, contender in contenders.items():
             warm = sample(timer, contender, 1) if first[name] < MIN_SAMPLE_S else first[name]
             loops[name] = max(1, math.ceil(MIN_SAMPLE_S / max(warm, 1e-7)))

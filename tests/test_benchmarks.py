@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import shapes
+from benchmarks import peers, shapes
 from benchmarks.machine import machine_info
 from benchmarks.problems import conv_problem, linear_problem, random_layout, relative_error
-from benchmarks.timing import CLOCK, MIN_ROUNDS, Effort, race, speedup
+from benchmarks.timing import CLOCK, MIN_ROUNDS, CudaTimer, Effort, race, sample, speedup
 
 
 class Turned:
     """A timer whose time passes only inside contenders."""
+
+    repeats_short = True
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -77,6 +79,80 @@ def test_race_averages_short_calls_and_keeps_the_budget() -> None:
     assert len(times["dense"]) == MIN_ROUNDS
 
 
+def test_race_gives_every_gpu_sample_its_own_preparation() -> None:
+    timer = Turned()
+    timer.repeats_short = False
+    contenders, calls = _contenders(timer, dense=1e-4, sparse=1e-5)
+    times = race(Pedantic(), timer, contenders, hero="sparse", effort=Effort(rounds=4, budget_s=100))
+    assert len(times["dense"]) == 4 and times["sparse"] == pytest.approx([1e-5] * 4, rel=1e-6)
+    assert calls.count("sparse") == 2 + 4 and timer.now > 1000 * 2 * (2 + 4)
+
+
+class FakeCuda:
+    """The part of ``torch.cuda`` that the timer uses; a stream that remembers its order."""
+
+    def __init__(self) -> None:
+        self.queue: list[str] = []
+
+    def _sleep(self, cycles: int) -> None:
+        self.queue.append(f"sleep {cycles}")
+
+    def Event(self, enable_timing: bool) -> FakeEvent:
+        assert enable_timing
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.at = cuda, -1
+
+    def record(self) -> None:
+        self.at = len(self.cuda.queue)
+        self.cuda.queue.append("event")
+
+    def synchronize(self) -> None:
+        self.cuda.queue.append("wait")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return float(end.at - self.at)  # milliseconds
+
+
+def test_cuda_timer_empties_l2_and_hides_launches() -> None:
+    cuda = FakeCuda()
+    timer = CudaTimer(cuda, l2_bytes=1000, spin_cycles=77)
+    assert timer.scratch.numel() > 1000, "the write must not fit into L2"
+    timer.scratch.fill_(1)
+    seconds = sample(timer, lambda: cuda.queue.append("call"), 1)
+    assert cuda.queue == ["sleep 77", "event", "call", "event", "wait"]
+    assert not timer.scratch.any() and seconds == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pass_", shapes.PASSES)
+def test_every_dtype_keeps_its_error_bound(pass_: str, dtype: torch.dtype) -> None:
+    problem = linear_problem(shapes.LinearShape(32, 48, 32), 16, 50, "cpu", dtype)
+    assert problem.operands.x.dtype == problem.values.dtype == dtype
+    assert 0 < problem.error(pass_) <= problem.error_bound
+    assert problem.error_bound == pytest.approx({torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0) + 1e-5)
+
+
+def test_shapes_can_be_chosen_by_name() -> None:
+    want = shapes.Selection("gpu-full", (1,), shapes=("8192x1024->1024",))
+    assert {case.shape.name for case in shapes.linear_cases(want)} == {"8192x1024->1024"}
+
+
+def test_gpu_peers_say_what_they_miss() -> None:
+    problem = linear_problem(shapes.LinearShape(32, 32, 32, bias=False), 16, 50, "cpu", torch.bfloat16)
+    for pass_, runs in (
+        ("forward", {"masked dense (w * mask)"}),
+        ("wgrad", set()),
+        ("step", {"masked dense (w * mask)"}),
+    ):
+        calls, reasons = peers.ready(problem, pass_, peers.of_device("cpu", rehearse_gpu=True))
+        assert set(calls) == runs
+        assert all("CUDA" in reason or "blocks of 128" in reason for reason in reasons.values()), reasons
+
+
 def test_race_disabled_runs_everything_once() -> None:
     timer = Turned()
     contenders, calls = _contenders(timer, dense=1e-4, sparse=1e-4, peer=1e-4)
@@ -96,6 +172,9 @@ def test_cases_of_a_suite_are_distinct(suite: str) -> None:
     for cases_of in (shapes.linear_cases, shapes.conv2d_cases, shapes.peer_cases, shapes.train_cases):
         ids = [case.id for case in cases_of(want)]
         assert len(ids) == len(set(ids))
+    assert len({case.shape for case in shapes.linear_cases(want)}) == len(
+        {case.shape.name for case in shapes.linear_cases(want)}
+    )
     assert shapes.linear_cases(want) and shapes.conv2d_cases(want)
 
 

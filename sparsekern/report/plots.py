@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from sparsekern.report.results import PassRow, PeerRow, Results, TrainRow
 from sparsekern.report.summary import break_even, grouped, main_shape
-from sparsekern.report.tables import significant
+from sparsekern.report.tables import place, significant
 
 _STYLE: Any = {
     "font.size": 8,
@@ -53,9 +53,10 @@ def figures(results: Results) -> dict[str, Draw]:
     out: dict[str, Draw] = {}
     if results.training:
         out["training"] = lambda theme: training(results.training, theme)
-    kinds = grouped(results.passes, lambda row: (row.op, row.memory_format))
-    for (op, memory_format), rows in kinds.items():
+    kinds = grouped(results.passes, lambda row: (row.op, row.memory_format, row.device, row.dtype, row.mode))
+    for (op, memory_format, *where), rows in kinds.items():
         name = op if memory_format == "row-major" else f"{op}-{memory_format}"
+        name = "-".join([name, *(w for w, usual in zip(where, ("cpu", "float32", "auto"), strict=True) if w != usual)])
         if len({row.sparsity for row in rows}) > 1:
             out[f"speedup-{name}"] = lambda theme, rows=rows: curves(rows, theme)  # type: ignore[misc]
         out[f"heatmap-{name}"] = lambda theme, rows=rows: heatmap(rows, theme)  # type: ignore[misc]
@@ -138,7 +139,7 @@ def curves(rows: Sequence[PassRow], theme: Theme) -> Figure:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(True, which="major", color=theme.grid, linewidth=0.5)
-            axes.set_title(f"{pass_}, {count} thread{'s' * (count > 1)}")
+            axes.set_title(f"{pass_}, {place(rows[0].device, count)}")
             if down == len(threads) - 1:
                 axes.set_xlabel("density")
             if across == 0:
@@ -172,7 +173,8 @@ def heatmap(rows: Sequence[PassRow], theme: Theme) -> Figure:
         figsize=(1.9 + 0.55 * len(sparsities) * len(passes) + 0.6, 1.0 + 0.24 * len(lines)), layout="constrained"
     )
     panels = figure.subplots(1, len(passes), squeeze=False, sharey=True)[0]
-    what = f"{rows[0].op}, {rows[0].memory_format}: speed-up over dense, {threads} thread{'s' * (threads > 1)}"
+    what = f"{rows[0].op}, {rows[0].memory_format}: speed-up over dense, {place(rows[0].device, threads)}"
+    what += "" if rows[0].dtype == "float32" else f", {rows[0].dtype}"
     figure.suptitle(what, color=theme.ink, fontsize=10)
     norm = TwoSlopeNorm(0.0, min(-2.0, math.log2(min(cells.values()))), max(2.0, math.log2(max(cells.values()))))
     colours = matplotlib.colormaps["RdBu"]
@@ -210,7 +212,8 @@ def peers(rows: Sequence[PeerRow], theme: Theme) -> Figure:
     most = max(len(row.speedups) for row in rows) + 1
     figure = Figure(figsize=(4.4 * len(passes), (0.5 + 0.2 * most) * len(blocks) + 0.4), layout="constrained")
     panels = figure.subplots(len(blocks), len(passes), squeeze=False)
-    what = f"linear {rows[0].shape}, {sparsity} % sparse, {threads} thread{'s' * (threads > 1)}: speed-up over dense"
+    where = place(rows[0].device, threads)
+    what = f"linear {rows[0].shape}, {sparsity} % sparse, {where}: speed-up over dense"
     figure.suptitle(what, color=theme.ink, fontsize=10)
     for down, block in enumerate(blocks):
         for across, pass_ in enumerate(passes):
@@ -260,7 +263,7 @@ def training(rows: Sequence[TrainRow], theme: Theme) -> Figure:
         axes.set_ylabel("step time / dense step time")
         axes.set_ylim(0, max(1.35, axes.get_ylim()[1] * 1.1))
         order = "bars from the left: dense, narrow dense of the sparse net's MACs, sparse"
-        axes.set_title(f"training step, {threads} thread{'s' * (threads > 1)} ({order})")
+        axes.set_title(f"training step, {place(members[0].device, threads)} ({order})")
         _legend(axes, theme, fontsize=7, ncols=4, loc="upper right")
         _dress(axes, theme)
     return figure

@@ -18,12 +18,17 @@ class ReportError(Exception):
     """The results can't be used; the message is one line that says why and what to do."""
 
 
+Pair = tuple[float | None, float | None]
+
+
 @dataclass(frozen=True)
 class PassRow:
     """One pass of one layer, dense against sparse. Times in seconds, ``sparsity`` in percent.
 
     ``speedup`` is the median over rounds of dense / sparse with quartiles ``q1`` and ``q3``; ``max_error`` is relative
-    to the product of absolute values.
+    to the product of absolute values. On a GPU (``device`` "cuda") times are device time with a cold L2; ``wall`` holds
+    seconds with the host's work, ``graph`` seconds of a replayed CUDA graph and ``peak`` bytes allocated beyond the
+    operands, each a (dense, sparse) pair of which either may be None. ``mode`` is "auto" or the backend forced.
     """
 
     op: str
@@ -47,14 +52,26 @@ class PassRow:
     max_error: float
     rounds: int
     neighbours: float | None
+    device: str = "cpu"
+    mode: str = "auto"
+    wall: Pair = (None, None)
+    graph: Pair = (None, None)
+    peak: Pair = (None, None)
+    metadata: float | None = None  # bytes of the layout over bytes of the values
+    error_bound: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two rows the same measurement."""
         return (
             *(self.op, self.memory_format, self.shape, self.pass_, self.threads, self.block),
-            *(self.sparsity, self.dtype),
+            *(self.sparsity, self.dtype, self.device, self.mode),
         )
+
+    @property
+    def graph_speedup(self) -> float | None:
+        dense, sparse = self.graph
+        return dense / sparse if dense and sparse else None
 
     @property
     def of_ideal(self) -> float:
@@ -83,10 +100,14 @@ class PeerRow:
     speedups: Mapping[str, float]
     failed: Mapping[str, str]
     neighbours: float | None
+    dtype: str = "float32"
+    device: str = "cpu"
+    mode: str = "auto"
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.shape, self.pass_, self.threads, self.block, self.sparsity
+        where = (self.dtype, self.device, self.mode)
+        return self.shape, self.pass_, self.threads, self.block, self.sparsity, *where
 
     @property
     def best(self) -> tuple[str, float] | None:
@@ -122,10 +143,11 @@ class TrainRow:
     layers: Mapping[str, int]
     contenders: Mapping[str, Contender]
     neighbours: float | None
+    device: str = "cpu"
 
     @property
     def key(self) -> tuple[object, ...]:
-        return self.shape, self.threads, str(self.block), self.sparsity
+        return self.shape, self.threads, str(self.block), self.sparsity, self.device
 
     @property
     def loses(self) -> bool:
@@ -157,7 +179,7 @@ class Results:
                 f"Other processes kept more than {BUSY} cores busy during {len(busy)} of {len(rows)} rows "
                 f"(up to {worst:.1f}); run them again when the machine is quiet."
             )
-        if any(run["suite"] == "toy" for run in self.runs):
+        if any(run["suite"] in ("toy", "gpu-toy") for run in self.runs):
             out.append("The toy suite only shows that everything runs; its times mean nothing.")
         return out
 
@@ -294,7 +316,19 @@ def _pass_row(info: Mapping[str, Any], stats: Mapping[str, Any]) -> PassRow:
         max_error=float(info["max_error"]),
         rounds=int(stats["rounds"]),
         neighbours=_neighbours(info),
+        device=str(info.get("device", "cpu")),
+        mode=str(info.get("mode", "auto")),
+        wall=_pair(info, "wall_s"),
+        graph=_pair(info, "graph_s"),
+        peak=_pair(info, "peak_bytes"),
+        metadata=info["index_bytes"] / info["value_bytes"] if "index_bytes" in info else None,
+        error_bound=float(info["error_bound"]) if "error_bound" in info else None,
     )
+
+
+def _pair(info: Mapping[str, Any], what: str) -> Pair:
+    dense, sparse = info.get(f"dense_{what}"), info.get(f"sparse_{what}")
+    return None if dense is None else float(dense), None if sparse is None else float(sparse)
 
 
 def _peer_row(info: Mapping[str, Any]) -> PeerRow:
@@ -312,6 +346,9 @@ def _peer_row(info: Mapping[str, Any]) -> PeerRow:
         speedups={name: _positive(peer["speedup"]) for name, peer in info["peers"].items()},
         failed={str(name): str(reason) for name, reason in info["failed_peers"].items()},
         neighbours=_neighbours(info),
+        dtype=str(info.get("dtype", "float32")),
+        device=str(info.get("device", "cpu")),
+        mode=str(info.get("mode", "auto")),
     )
 
 
@@ -340,4 +377,5 @@ def _train_row(info: Mapping[str, Any]) -> TrainRow:
         layers={str(state): int(count) for state, count in info["layers"].items()},
         contenders=contenders,
         neighbours=_neighbours(info),
+        device=str(info.get("device", "cpu")),
     )

@@ -59,6 +59,28 @@ def _leading_zeros(value: float) -> int:
     return zeros
 
 
+def place(device: str, threads: int) -> str:
+    """Where rows ran, for titles: "GPU", or the number of threads."""
+    return "GPU" if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
+
+
+def _plain(rows: Sequence[PassRow | PeerRow]) -> bool:
+    """Whether all rows are what tables need not say: float32 on a CPU, backend chosen by sparsekern."""
+    return all((row.device, row.dtype, row.mode) == ("cpu", "float32", "auto") for row in rows)
+
+
+_WHERE = (Column("device"), Column("dtype"), Column("mode"))
+_BESIDE = (
+    *(Column("dense wall ms", 3, 1e3), Column("sparse wall ms", 3, 1e3)),
+    *(Column("dense graph ms", 3, 1e3), Column("sparse graph ms", 3, 1e3), Column("graph speed-up", 3)),
+    *(Column("dense peak MB", 3, 1e-6), Column("sparse peak MB", 3, 1e-6)),
+)
+
+
+def _where(row: PassRow | PeerRow) -> list[Cell]:
+    return [row.device, row.dtype, row.mode]
+
+
 def pass_table(rows: Sequence[PassRow], changes: Mapping[tuple[object, ...], Change] | None = None) -> Table:
     """Every timed pass, one line each; with ``changes`` also the base's time and speed-up."""
     columns = [
@@ -74,6 +96,8 @@ def pass_table(rows: Sequence[PassRow], changes: Mapping[tuple[object, ...], Cha
         *(Column("of ideal %", 3, 100.0), Column("GFLOP/s", 3), Column("dense GFLOP/s", 3), Column("GB/s", 3)),
         *(Column("error", 2), Column("rounds")),
     ]
+    plain, beside = _plain(rows), any(row.wall != (None, None) for row in rows)
+    columns += [*(() if plain else _WHERE), *(_BESIDE if beside else ())]
     if changes is not None:
         columns += [Column("base ms", 3, 1e3), Column("base speed-up", 3), Column("change", 3)]
     lines = []
@@ -81,6 +105,8 @@ def pass_table(rows: Sequence[PassRow], changes: Mapping[tuple[object, ...], Cha
         line: list[Cell] = [row.op, row.pass_, row.shape, row.memory_format, row.block, row.sparsity]
         line += [row.density, row.threads, row.backend, row.dense_s, row.sparse_s, row.speedup, row.q1, row.q3]
         line += [row.of_ideal, row.gflops, row.dense_gflops, row.gbytes_per_s, row.max_error, row.rounds]
+        line += [] if plain else _where(row)
+        line += [*row.wall, *row.graph, row.graph_speedup, *row.peak] if beside else []
         if changes is not None:
             change = changes.get(row.key)
             line += [change.base.sparse_s, change.base.speedup, change.factor] if change else [None, None, None]
@@ -91,8 +117,17 @@ def pass_table(rows: Sequence[PassRow], changes: Mapping[tuple[object, ...], Cha
 def mean_table(rows: Sequence[PassRow]) -> Table:
     """Geometric means over shapes: one line per kind of row and block, one column per sparsity."""
     sparsities = sorted({row.sparsity for row in rows})
-    kinds = grouped(rows, lambda row: (row.op, row.memory_format, row.pass_, row.threads, row.block))
+    plain = _plain(rows)
+    kinds = grouped(
+        rows,
+        lambda row: (
+            *(row.op, row.memory_format, row.pass_, row.threads, row.block),
+            *(() if plain else (row.device, row.dtype, row.mode)),
+        ),
+    )
     columns = [Column(name) for name in ("op", "format", "pass", "threads", "block")]
+    columns += [] if plain else _WHERE
+    first = len(columns)
     columns += [Column(f"{sparsity} %", 3) for sparsity in sparsities]
     columns += [Column("of ideal %", 3, 100.0), Column("rows"), Column("losing"), Column("break-even density")]
     lines: list[list[Cell]] = []
@@ -107,7 +142,9 @@ def mean_table(rows: Sequence[PassRow]) -> Table:
         "Speed-up over dense, geometric mean over shapes. Break-even: density below which sparse wins, "
         "on the shape with the most rows."
     )
-    losing = [any(isinstance(cell, float) and cell < 1.0 for cell in line[5 : 5 + len(sparsities)]) for line in lines]
+    losing = [
+        any(isinstance(cell, float) and cell < 1.0 for cell in line[first : first + len(sparsities)]) for line in lines
+    ]
     return Table("Geometric means", columns, lines, losing, note)
 
 
@@ -118,13 +155,16 @@ def peer_tables(rows: Sequence[PeerRow]) -> list[Table]:
 
 def _peer_table(pass_: str, rows: Sequence[PeerRow]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in (*row.speedups, *row.failed)))
+    plain = _plain(rows)
     columns = [Column(name) for name in ("shape", "block", "sparsity %", "threads")]
+    columns += [] if plain else _WHERE
     columns += [Column("dense ms", 3, 1e3), Column("sparsekern", 3), *(Column(name, 3) for name in names)]
     columns += [Column("over best peer", 3)]
     lines: list[list[Cell]] = []
     for row in rows:
         best = row.best
-        line: list[Cell] = [row.shape, row.block, row.sparsity, row.threads, row.dense_s, row.speedup]
+        line: list[Cell] = [row.shape, row.block, row.sparsity, row.threads, *([] if plain else _where(row))]
+        line += [row.dense_s, row.speedup]
         line += [row.speedups.get(name) for name in names]
         lines.append([*line, row.speedup / best[1] if best else None])
     note = "Speed-up over dense. A dash: not run, for a reason given below."
@@ -203,6 +243,7 @@ def conditions(results: Results) -> list[tuple[str, str]]:
         ("environment", ", ".join(f"{k}={v}" for k, v in (machine.get("environment") or {}).items()) or "default"),
         ("threads", ", ".join(map(str, sorted(_threads(results))))),
     ]
+    pairs[2:2] = _gpu(machine.get("gpu") or {}, results)
     for run in results.runs:
         load = run["load_average_start"]
         loaded = f"load {load[0]:.2f} at the start" if load else "load unknown"
@@ -211,6 +252,20 @@ def conditions(results: Results) -> list[tuple[str, str]]:
         )
         pairs.append((run["file"], f"{about}, {loaded}"))
     return [(name, str(value)) for name, value in pairs]
+
+
+def _gpu(gpu: Mapping[str, object], results: Results) -> list[tuple[str, object]]:
+    """The device of GPU rows, and how they were timed; nothing where no row ran on one."""
+    rows: list[PassRow | PeerRow] = [*results.passes, *results.peers]
+    if not any(row.device == "cuda" for row in rows):
+        return []
+    memory, l2 = gpu.get("memory"), gpu.get("l2")
+    facts = [f"{gpu.get('name')}", f"sm {gpu.get('capability')}", f"{gpu.get('sms')} SMs"]
+    facts += [f"{memory / 2**30:.0f} GiB"] if isinstance(memory, int) else []
+    facts += [f"{l2 / 2**20:.0f} MiB L2"] if isinstance(l2, int) else []
+    software = [f"CUDA {gpu.get('cuda')}", f"driver {gpu.get('driver_version')}", f"Triton {gpu.get('triton')}"]
+    timed = "device time by events with a cold L2; wall time has the host's work, warm; graph is a replayed CUDA graph"
+    return [("GPU", ", ".join(facts)), ("GPU software", ", ".join(software)), ("timed", timed)]
 
 
 def _threads(results: Results) -> set[int]:
