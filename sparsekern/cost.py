@@ -1,9 +1,12 @@
-"""What a sparse layer will cost against its dense twin: tuned entries first, then a model fitted to measurements.
+"""What a sparse layer will cost against its dense twin: tuned entries first, then a model of the device.
 
-Model of one training step of a layer (forward, dgrad, wgrad):
+On a CPU one training step of a layer (forward, dgrad, wgrad) is modelled as
 ``dense = F / R + o_d`` and ``sparse = F * stored / (R * e) + bytes / B + o_s`` with F the dense FLOPs, R and B the
 rates of this processor, ``e`` the efficiency of the block shape and ``o`` the overhead of the calls. ``e``, R, B and o
-come from ``backends/tables/*.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
+come from ``backends/tables/cpu.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
+
+On a GPU with the triton backend every pass is predicted by that backend's own choice of tile, measured or modelled
+(``backends/triton/tiles.py``); a pass whose kernel would be slower counts as dense compute on the materialised weight.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ import functools
 import importlib.resources
 import json
 import math
-import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekern.backends import native
+from sparsekern.backends import choice, native, user_cache
+from sparsekern.backends.triton import chips, tiles
+from sparsekern.backends.triton.problem import Problem, precision
 from sparsekern.layout import BlockGrid
 
 AUTO_BLOCKS = (4, 8, 16, 32)
+GPU_BLOCKS = (16, 32, 64, 128)
 # A predicted speed-up below this stays dense: most benchmark rows are within 30 % of the model, and with this margin it
 # chose no sparse layer that was slower. A tuned entry is a measurement and needs no margin.
 BREAK_EVEN = {"model": 1.1, "tuned": 1.0}
@@ -57,6 +62,7 @@ class Case:
 
     def key(self, block: tuple[int, int]) -> str:
         """Identity of a tuned entry."""
+        threads = f"t{torch.get_num_threads()}" if self.device == "cpu" else ""
         parts = (
             self.kind,
             "x".join(map(str, self.weight_shape)),
@@ -66,7 +72,7 @@ class Case:
             "nhwc" if self.channels_last else "",
             self.dtype,
             f"b{block[0]}x{block[1]}",
-            f"t{torch.get_num_threads()}",
+            threads,
         )
         return " ".join(part for part in parts if part)
 
@@ -117,6 +123,9 @@ def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
     tuned = _tuned(case, block, stored)
     if tuned is not None:
         return tuned, "tuned"
+    problems = gpu_problems(case, block, nnz)
+    if problems is not None:
+        return _predict_gpu(problems, case.device), "model"
     if case.device != "cpu" or case.dtype == "float64" or not native.available():
         return WITHOUT_KERNEL, "no kernel: dense compute on the masked weight"
     table = _table(_isa())
@@ -129,15 +138,49 @@ def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
     return dense / sparse, "model"
 
 
+def _linear_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
+    """The passes of a linear layer as the triton backend sees them."""
+    dtype = precision(getattr(torch, case.dtype))
+    (out_features, in_features), m = case.weight_shape, case.positions
+    ops = ("linear_forward", "linear_dgrad", "linear_wgrad")
+    return [Problem(op, dtype, block, m, out_features, in_features, nnz) for op in ops]
+
+
+# Kinds with kernels on a GPU: (case, block, nnz) -> the problems of one training step.
+GPU_KINDS: dict[str, Callable[[Case, tuple[int, int], int], list[Problem]]] = {"linear": _linear_problems}
+
+
+def gpu_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem] | None:
+    """What one training step asks of the triton backend; None where another backend runs this case."""
+    if case.device != "cuda" or case.kind not in GPU_KINDS:
+        return None
+    try:
+        backend = choice(case.kind, case.device, getattr(torch, case.dtype), block)
+    except RuntimeError:  # a forced backend that can't do it: said where the layer runs
+        return None
+    return GPU_KINDS[case.kind](case, block, nnz) if backend == "triton" else None
+
+
+def _predict_gpu(problems: list[Problem], device: str) -> float:
+    chip = chips.current(device)
+    choices = [tiles.choose(problem, chip) for problem in problems]
+    return sum(c.dense_seconds for c in choices) / sum(c.taken_seconds for c in choices)
+
+
 def pays(speedup: float, source: str) -> bool:
     """Whether a layer predicted at ``speedup`` by ``source`` should be sparse."""
     return speedup >= BREAK_EVEN.get(source, 1.0)
 
 
+def auto_blocks(case: Case) -> tuple[int, ...]:
+    """Edges that ``block="auto"`` considers on the case's device."""
+    return GPU_BLOCKS if case.device == "cuda" else AUTO_BLOCKS
+
+
 def choose_block(case: Case, density: float) -> tuple[int, int]:
-    """``block="auto"``: the smallest of 4, 8, 16, 32 whose predicted speed is within 10 % of the best one's."""
+    """``block="auto"``: the smallest of :func:`auto_blocks` whose predicted speed is within 10 % of the best one's."""
     speed = {}
-    for size in AUTO_BLOCKS:
+    for size in auto_blocks(case):
         grid = BlockGrid(case.weight_shape, (size, size), case.groups)
         nnz = max(round(density * math.prod(case.weight_shape) / size**2), 1)
         speed[size] = predict(case, grid.block, min(nnz, grid.blocks))[0]
@@ -149,11 +192,11 @@ def choose_block(case: Case, density: float) -> tuple[int, int]:
 # -- tuned entries: measured on this machine, kept in the user's cache ------------------------------------------------
 
 
-def cache_file() -> Path:
-    """Where tuned entries of this machine live (``SPARSEKERN_CACHE`` or the XDG cache folder)."""
-    root = os.environ.get("SPARSEKERN_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
-    return folder / f"tuned-{_processor()}-{_isa() if native.available() else 'none'}.json"
+def cache_file(device: str = "cpu") -> Path:
+    """Where tuned entries of this processor or GPU live (``SPARSEKERN_CACHE`` or the XDG cache folder)."""
+    if device == "cuda":
+        return user_cache.folder() / f"tuned-{chips.current(device).name}.json"
+    return user_cache.folder() / f"tuned-{_processor()}-{_isa() if native.available() else 'none'}.json"
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,40 +207,35 @@ def _processor() -> str:
             name = next(line.split(":", 1)[1] for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return "".join(c if c.isalnum() else "-" for c in name.strip()).strip("-").lower()
+    return user_cache.slug(name)
 
 
-_entries: dict[str, dict[str, float]] | None = None
+_entries: dict[Path, dict[str, dict[str, float]]] | None = None
 
 
-def tuned_entries() -> dict[str, dict[str, float]]:
-    """{case key: {density: speedup}} of this machine; an unreadable file counts as empty."""
+def tuned_entries(device: str = "cpu") -> dict[str, dict[str, float]]:
+    """{case key: {density: speedup}} of this machine's device; an unreadable file counts as empty."""
     global _entries
     if _entries is None:
-        try:
-            _entries = json.loads(cache_file().read_text())
-        except (OSError, ValueError):
-            _entries = {}
-    return _entries
+        _entries = {}
+    path = cache_file(device)
+    if path not in _entries:
+        _entries[path] = user_cache.read(path)
+    return _entries[path]
 
 
 def remember(case: Case, block: tuple[int, int], density: float, speedup: float) -> None:
     """Add a tuned entry; :func:`save_tuned` writes the file."""
-    tuned_entries().setdefault(case.key(block), {})[f"{density:.4f}"] = round(speedup, 4)
+    tuned_entries(case.device).setdefault(case.key(block), {})[f"{density:.4f}"] = round(speedup, 4)
 
 
-def save_tuned() -> Path:
-    """Write the tuned entries, atomically."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(tuned_entries(), indent=1, sort_keys=True))
-    scratch.replace(path)
-    return path
+def save_tuned(device: str = "cpu") -> Path:
+    """Write the tuned entries of one device, atomically."""
+    return user_cache.write(cache_file(device), tuned_entries(device))
 
 
 def _tuned(case: Case, block: tuple[int, int], density: float) -> float | None:
-    entries = tuned_entries().get(case.key(block))
+    entries = tuned_entries(case.device).get(case.key(block))
     if not entries or density <= 0:
         return None
     known: Iterator[tuple[float, float]] = ((float(d), s) for d, s in entries.items())

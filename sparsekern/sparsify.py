@@ -322,7 +322,7 @@ class Planner:
         if self.cfg.block != "auto":
             return self._block_for(c, 0.0)
         case, best = self.case_of(c), ((1, 1), -1.0)
-        for size in (1, *cost.AUTO_BLOCKS):
+        for size in (1, *cost.auto_blocks(case)):
             nnz = BlockLayout.from_mask(mask, size, groups=c.groups).nnz
             speed = cost.predict(case, (size, size), max(nnz, 1))[0]
             if speed > best[1] * 1.02:

@@ -1,18 +1,27 @@
-"""Measure what the cost model only predicts: sparse against dense, layer by layer, on this machine."""
+"""Measure on this machine what the cost models only predict: sparse layers against dense, and tiles of GPU kernels.
+
+Contenders take turns within a round and medians count, so a busy or throttling machine shifts all of them.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsekern import cost
+from sparsekern.backends.triton import chips, model, table, tiles
+from sparsekern.backends.triton.chips import Chip
+from sparsekern.backends.triton.problem import Problem, Tile
 from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout
 from sparsekern.masks import make_block_masks
@@ -21,6 +30,11 @@ from sparsekern.sparsify import Planner, to_sparse
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 SECONDS_PER_LAYER = 2.0
+
+Call = Callable[[], Any]
+Clock = Callable[[Call], float]  # seconds of one call
+# A problem's contenders: its kernel with a given tile, and the dense op.
+Launch = Callable[[Problem], tuple[Callable[[Tile], Any], Call]]
 
 
 def tune(
@@ -33,8 +47,9 @@ def tune(
 ) -> dict[str, float]:
     """Time forward and backward of every layer that ``cfg`` would make sparse, against its dense twin.
 
-    Rounds of dense and sparse alternate and the median of their ratios counts, so a busy machine shifts both. Results
-    are kept in the user's cache and used by every later plan at these shapes, block and density.
+    On a GPU the candidate tiles of each pass are timed first, with a cold L2, and the best one is kept for every later
+    call near these shapes. Results are kept in the user's cache and used by every later plan at these shapes, block and
+    density.
 
     Returns:
         {layer name: speedup}.
@@ -45,6 +60,7 @@ def tune(
     cases = {c.name: planner.case_of(c) for c in planner.candidates}
     found: dict[str, float] = {}
     timed: dict[tuple[str, str], float] = {}
+    clocks: dict[str, Clock] = {}
     for layer in plan.layers:
         if layer.name not in planner.grids:
             continue
@@ -52,34 +68,198 @@ def tune(
         density = count * grid.block[0] * grid.block[1] / layer.params_dense
         same = (case.key(grid.block), f"{density:.2f}")
         if same not in timed:
-            timed[same] = measure(modules[layer.name], case, grid, count, seconds_per_layer)
+            if case.device not in clocks:
+                clocks[case.device] = clock_of(case.device)
+            clock = clocks[case.device]
+            problems = cost.gpu_problems(case, grid.block, count)
+            if problems is not None:
+                operands = LAUNCHES[case.kind](modules[layer.name], case, grid, count)
+                tune_tiles(problems, operands, clock, chips.current(case.device), seconds_per_layer / 2)
+                del operands
+            timed[same] = measure(modules[layer.name], case, grid, count, seconds_per_layer, clock)
         found[layer.name] = timed[same]
         cost.remember(case, grid.block, density, timed[same])
     if save:
-        cost.save_tuned()
+        for device in clocks or ("cpu",):
+            cost.save_tuned(device)
+            if device == "cuda":
+                table.save(chips.current(device).name)
     return found
 
 
 def measure(
-    dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int, seconds: float = SECONDS_PER_LAYER
+    dense: nn.Module,
+    case: cost.Case,
+    grid: BlockGrid,
+    count: int,
+    seconds: float = SECONDS_PER_LAYER,
+    clock: Clock | None = None,
 ) -> float:
     """Median over interleaved rounds of dense time over sparse time, forward and backward, on random data."""
+    clock = clock or clock_of(case.device)
     dense = _without_hooks(dense)
-    block_mask = make_block_masks({"layer": grid}, {"layer": count}, seed=0)["layer"]
-    sparse = to_sparse(dense, BlockLayout.from_block_mask(grid, block_mask).mask(), grid.block)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.x_shape, generator=generator).to(device=case.device, dtype=getattr(torch, case.dtype))
+    sparse = to_sparse(dense, _layout(grid, count).mask(), grid.block)
+    x = _random(case.x_shape, case)
     if case.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     dy = torch.randn_like(dense(x))
-    ratios: list[float] = []
+    rounds = _race([functools.partial(_step, module, x, dy) for module in (dense, sparse)], clock, seconds)
+    return statistics.median(one / other for one, other in rounds)
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def wall_clock(call: Call) -> float:
+    """Seconds on the wall."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class EventClock:
+    """Seconds between two events on the current CUDA stream, with nothing of the operands left in L2.
+
+    The buffer that empties L2 is written just before the first event, without waiting for it: meanwhile the host
+    queues the call, so the events hold device time.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        size = max(4 * int(chips.current(device).l2_bytes), 256 * 2**20)
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def clock_of(device: str) -> Clock:
+    """How calls on this kind of device are timed."""
+    return EventClock(device) if device == "cuda" else wall_clock
+
+
+def _race(calls: Sequence[Call], clock: Clock, seconds: float) -> list[tuple[float, ...]]:
+    """Times of all calls, round by round, after one round that does not count."""
+    for call in calls:
+        clock(call)
     deadline = time.perf_counter() + seconds
-    for module in (dense, sparse):
-        _step(module, x, dy)
-    while len(ratios) < LEAST_ROUNDS or (time.perf_counter() < deadline and len(ratios) < MOST_ROUNDS):
-        ratios.append(_timed(lambda: _step(dense, x, dy)) / _timed(lambda: _step(sparse, x, dy)))
-    return statistics.median(ratios)
+    rounds: list[tuple[float, ...]] = []
+    while len(rounds) < LEAST_ROUNDS or (time.perf_counter() < deadline and len(rounds) < MOST_ROUNDS):
+        rounds.append(tuple(clock(call) for call in calls))
+    return rounds
+
+
+# -- tiles of GPU kernels ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileTimes:
+    """Median seconds of each tile that ran and of the dense op, and why the other tiles could not run."""
+
+    seconds: dict[Tile, float]
+    dense_seconds: float
+    skipped: dict[Tile, str]
+
+    @property
+    def best(self) -> Tile | None:
+        """The fastest tile, the first of equals; None if none ran."""
+        return min(self.seconds, key=self.seconds.__getitem__, default=None)
+
+
+def measure_tiles(
+    listed: Iterable[Tile], run: Callable[[Tile], Any], dense: Call, clock: Clock, seconds: float
+) -> TileTimes:
+    """Time ``run(tile)`` for all tiles and ``dense()``; a tile that raises at its first call is skipped."""
+    skipped: dict[Tile, str] = {}
+    calls: dict[Tile, Call] = {}
+    for tile in listed:
+        call = functools.partial(run, tile)
+        try:
+            clock(call)
+        except Exception as error:  # too much shared memory, a tile this compiler refuses, ...: others may run
+            skipped[tile] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            calls[tile] = call
+    medians = [statistics.median(times) for times in zip(*_race([dense, *calls.values()], clock, seconds))]
+    return TileTimes(dict(zip(calls, medians[1:])), medians[0], skipped)
+
+
+def tune_tiles(
+    problems: Iterable[Problem], launch: Launch, clock: Clock, chip: Chip, seconds: float
+) -> dict[Problem, TileTimes]:
+    """Measure the candidate tiles of each problem and remember the best in the table (:func:`table.save` writes it)."""
+    problems = list(problems)
+    measured: dict[Problem, TileTimes] = {}
+    for problem in problems:
+        run, dense = launch(problem)
+        listed = tiles.candidates(problem, chip.arch)
+        times = measured[problem] = measure_tiles(listed, run, dense, clock, seconds / len(problems))
+        if times.best is not None:
+            reasons = {str(tile): reason for tile, reason in times.skipped.items()}
+            fastest = times.seconds[times.best]
+            table.remember(chip.name, problem, times.best, fastest, times.dense_seconds, reasons)
+    return measured
+
+
+class LinearLaunch:
+    """Kernel calls of a linear layer on random data, with the dense ops they stand for."""
+
+    def __init__(self, dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int) -> None:
+        layout = _layout(grid, count, case.device)
+        self.grid, self.index, self.chip = grid, layout.index, chips.current(case.device)
+        out_features, in_features = case.weight_shape
+        self.x, self.dy = _random((case.positions, in_features), case), _random((case.positions, out_features), case)
+        self.weight = _random(case.weight_shape, case)
+        self.values = layout.from_dense(self.weight)
+        self.bias = _random((out_features,), case) if getattr(dense, "bias", None) is not None else None
+
+    def __call__(self, problem: Problem) -> tuple[Callable[[Tile], Any], Call]:
+        from sparsekern.backends.triton import linear, linear_wgrad  # these import Triton
+
+        x, dy, values, index, grid, with_bias = (
+            self.x,
+            self.dy,
+            self.values,
+            self.index,
+            self.grid,
+            self.bias is not None,
+        )
+        if problem.op == "linear_forward":
+            return (
+                lambda tile: linear.forward(x, values, index, self.bias, grid, tile),
+                lambda: F.linear(x, self.weight, self.bias),
+            )
+        if problem.op == "linear_dgrad":
+            return lambda tile: linear.dgrad(dy, values, index, grid, tile), lambda: dy @ self.weight
+
+        def wgrad(tile: Tile) -> Any:
+            splits = model.splits(problem, tile, self.chip)
+            return linear_wgrad.wgrad(dy, x, index, None, with_bias, grid, tile, splits)
+
+        return wgrad, lambda: (dy.t() @ x, dy.sum(0) if with_bias else None)
+
+
+# By kind of layer; a kind of cost.GPU_KINDS needs its entry here.
+LAUNCHES: dict[str, Callable[[nn.Module, cost.Case, BlockGrid, int], Launch]] = {"linear": LinearLaunch}
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _layout(grid: BlockGrid, count: int, device: str = "cpu") -> BlockLayout:
+    block_mask = make_block_masks({"layer": grid}, {"layer": count}, seed=0)["layer"]
+    return BlockLayout.from_block_mask(grid, block_mask.to(device))
+
+
+def _random(shape: tuple[int, ...], case: cost.Case) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device=case.device, dtype=getattr(torch, case.dtype))
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -92,9 +272,3 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 def _step(module: nn.Module, x: Tensor, dy: Tensor) -> None:
     parameters = [p for p in module.parameters() if p.requires_grad]
     torch.autograd.grad(module(x), [x, *parameters], dy)
-
-
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -124,7 +124,7 @@ def _wgrad(problem: Problem) -> Iterator[Tile]:
     (bo, bi), plain = problem.block, problem.dtype == "float32"
     for width, stages in ((128, 2), (64, 2)) if plain else ((256, 4), (128, 3), (64, 4)):
         if width >= bi:
-            warps = 8 if plain or width * bo > 128 * 128 else 4
+            warps = 8 if plain or width * bo > 64 * 128 else 4  # the bias sum needs registers too
             yield Tile("panel", 64 if problem.itemsize == 2 else 32, 0, width // bi, warps, stages)
 
 
