@@ -10,7 +10,10 @@ one tensor, a topology update rewrites contents only, and ``module.to(...)`` mov
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_BLOCK = 128
+UNION_WIDTH = 128  # features of one union panel; wider ones spill the accumulators of a 256-token tile
+UNION_EDGES = (16, 32)  # from 64 on, neighbouring rows rarely share enough columns to pay at the densities that matter
+
+
+def union_rows(edge: int) -> int:
+    """Block rows of one union panel for blocks of this edge; 0 where the layout keeps no unions."""
+    return UNION_WIDTH // edge if edge in UNION_EDGES else 0
 
 
 def as_block(block: int | Sequence[int]) -> tuple[int, int]:
@@ -85,9 +95,21 @@ class BlockGrid:
     def in_per_group(self) -> int:
         return self.weight_shape[1]
 
+    @property
+    def unions(self) -> int:
+        """Panels of neighbouring block rows of one group, see :attr:`IndexView.union`; 0 if the layout keeps none."""
+        panel = union_rows(self.block[0])
+        return self.groups * -(-self.shape[1] // panel) if panel else 0
+
+    @property
+    def t_unions(self) -> int:
+        """The same for the transpose."""
+        panel = union_rows(self.block[1])
+        return self.groups * -(-self.shape[3] // panel) if panel else 0
+
     def index_size(self, capacity: int) -> int:
         """Elements of the packed buffer for ``capacity`` block slots."""
-        return 2 * self.rows + 2 * self.t_rows + 2 + 4 * capacity
+        return index_offsets(self, capacity).end
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         """Cut ``weight`` [O, C/g(, R, S)] into its zero-padded blocks [blocks, bo, bi]."""
@@ -123,8 +145,12 @@ class IndexView:
         t_perm: [capacity] slot in ``values`` of each transposed entry.
         row_order: [rows] block rows by descending length, ties by index.
         t_order: [t_rows] the same for the transpose.
+        union_ptr: [unions + 1] first entry of each panel of ``union_rows(bo)`` neighbouring block rows of a group.
+        union: [capacity] columns that any row of the panel has, ascending: ``col << union_rows(bo)``, and bit ``r``
+            set where the panel's row ``r`` has it.
+        t_union_ptr: [t_unions + 1], t_union: [capacity] the same for the transpose.
 
-    Entries of spare slots (``nnz <= k < capacity``) are 0.
+    Entries of spare slots (``nnz <= k < capacity``) are 0. Unions are empty ([0]) where the block's edge keeps none.
     """
 
     row_ptr: Tensor
@@ -135,18 +161,50 @@ class IndexView:
     t_perm: Tensor
     row_order: Tensor
     t_order: Tensor
+    union_ptr: Tensor
+    union: Tensor
+    t_union_ptr: Tensor
+    t_union: Tensor
+
+
+@dataclass(frozen=True)
+class IndexOffsets:
+    """Where each array of :class:`IndexView` starts in the packed buffer, in elements; ``end`` is its length."""
+
+    row_ptr: int
+    col: int
+    row: int
+    t_ptr: int
+    t_row: int
+    t_perm: int
+    row_order: int
+    t_order: int
+    union_ptr: int
+    union: int
+    t_union_ptr: int
+    t_union: int
+    end: int
+
+
+@functools.lru_cache(maxsize=8192)
+def index_offsets(grid: BlockGrid, capacity: int) -> IndexOffsets:
+    """Offsets into the packed buffer of a layout of ``grid`` with ``capacity`` slots."""
+    sizes = [grid.rows + 1, capacity, capacity, grid.t_rows + 1, capacity, capacity, grid.rows, grid.t_rows]
+    for panels in (grid.unions, grid.t_unions):
+        sizes += [panels + 1, capacity] if panels else [0, 0]
+    return IndexOffsets(0, *itertools.accumulate(sizes))
 
 
 def index_view(grid: BlockGrid, index: Tensor) -> IndexView:
     """Views over ``index`` (int32, 1-D); the capacity follows from its length."""
-    capacity = capacity_of(grid, index)
-    sizes = [grid.rows + 1, capacity, capacity, grid.t_rows + 1, capacity, capacity, grid.rows, grid.t_rows]
-    return IndexView(*torch.split(index, sizes))
+    ends = dataclasses.astuple(index_offsets(grid, capacity_of(grid, index)))
+    return IndexView(*torch.split(index, [b - a for a, b in itertools.pairwise(ends)]))
 
 
 def capacity_of(grid: BlockGrid, index: Tensor) -> int:
     """Block slots that the packed buffer ``index`` of this grid has."""
-    capacity, rest = divmod(index.shape[0] - grid.index_size(0), 4)
+    per_slot = 4 + bool(grid.unions) + bool(grid.t_unions)
+    capacity, rest = divmod(index.shape[0] - grid.index_size(0), per_slot)
     if index.dim() != 1 or rest or capacity < 0:
         raise ValueError(f"index: {index.shape[0]} elements are no packed layout of a grid {grid.shape}")
     return int(capacity)
@@ -351,6 +409,23 @@ class BlockLayout:
         v.t_row.copy_(compact(t_kept, t_slot, position % (t * ob)))
         slot_transposed = slot.view(self.grid.shape).permute(0, 3, 2, 1).flatten()
         v.t_perm.copy_(compact(t_kept, t_slot, slot_transposed))
+
+        def unite(keep: Tensor, panel: int, ptr: Tensor, entries: Tensor) -> None:
+            """``keep`` [groups, rows, columns] into panels of rows and the columns that any of them has."""
+            padded = F.pad(keep, (0, 0, 0, -keep.shape[1] % panel))
+            bits = 1 << torch.arange(panel, device=keep.device)
+            rows_of = (padded.unflatten(1, (-1, panel)) * bits[:, None]).sum(2)
+            present = rows_of.flatten(0, 1) > 0
+            ptr[0] = 0
+            ptr[1:] = present.sum(1).cumsum(0)
+            column = torch.arange(keep.shape[2], device=keep.device) << panel
+            entry = (rows_of + column).flatten()
+            entries.copy_(compact(present.flatten(), present.flatten().cumsum(0) - 1, entry))
+
+        if self.grid.unions:
+            unite(flat.view(g, ob, -1), union_rows(self.grid.block[0]), v.union_ptr, v.union)
+        if self.grid.t_unions:
+            unite(t_mask.view(g, ib, -1), union_rows(self.grid.block[1]), v.t_union_ptr, v.t_union)
 
     def validate(self) -> None:
         """Check every array of the packed buffer against the others.

@@ -44,6 +44,9 @@ _LIBRARY.define(
     "Tensor? element_mask=None) -> (Tensor, Tensor)"
 )
 
+_LIBRARY.define("block_scores(Tensor dy, Tensor x, Tensor index, SymInt bo, SymInt bi) -> Tensor")
+_LIBRARY.define(f"conv2d_block_scores(Tensor dy, Tensor x, Tensor index, SymInt bo, SymInt bi, {_CONV}) -> Tensor")
+
 Pair = Sequence[int]
 
 
@@ -158,7 +161,32 @@ def _conv2d_wgrad(
     return kernel.conv2d_wgrad(dy, x, index, element_mask, with_bias, grid, geometry)
 
 
+def _block_scores(dy: Tensor, x: Tensor, index: Tensor, bo: int, bi: int) -> Tensor:
+    grid = _grid((dy.shape[-1], x.shape[-1]), (bo, bi), 1)
+    kernel = select("linear", dy, grid.block)
+    return kernel.block_scores(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), index, grid)
+
+
+def _conv2d_block_scores(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    bo: int,
+    bi: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    grid = _grid((dy.shape[1], x.shape[1] // groups, *kernel_size), (bo, bi), groups)
+    kernel = select("conv2d", dy, grid.block)
+    return kernel.conv2d_block_scores(dy, x, index, grid, _geometry(tuple(stride), tuple(padding), tuple(dilation)))
+
+
 for _name, _function in {
+    "block_scores": _block_scores,
+    "conv2d_block_scores": _conv2d_block_scores,
     "linear": _linear,
     "linear_dgrad": _linear_dgrad,
     "linear_wgrad": _linear_wgrad,
@@ -216,6 +244,17 @@ def _(  # type: ignore[no-untyped-def]
     return dy.new_empty(capacity, bo, bi), dy.new_empty(dy.shape[1] if with_bias else 0)
 
 
+@torch.library.register_fake("sparsekern::block_scores", lib=_LIBRARY)
+def _(dy, x, index, bo, bi):  # type: ignore[no-untyped-def]
+    return dy.new_empty(-(-dy.shape[-1] // bo), -(-x.shape[-1] // bi), dtype=torch.float32)
+
+
+@torch.library.register_fake("sparsekern::conv2d_block_scores", lib=_LIBRARY)
+def _(dy, x, index, bo, bi, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    shape = groups, -(-dy.shape[1] // groups // bo), kernel_size[0] * kernel_size[1], -(-x.shape[1] // groups // bi)
+    return dy.new_empty(shape, dtype=torch.float32)
+
+
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +265,7 @@ def _no_double_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
-for _name in ("linear_dgrad", "linear_wgrad", "conv2d_dgrad", "conv2d_wgrad"):
+for _name in ("linear_dgrad", "linear_wgrad", "block_scores", "conv2d_dgrad", "conv2d_wgrad", "conv2d_block_scores"):
     torch.library.register_autograd(f"sparsekern::{_name}", _no_double_backward, lib=_LIBRARY)
 
 

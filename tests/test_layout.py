@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekern.layout import BlockGrid, BlockLayout, as_block, index_view
+from sparsekern.layout import BlockGrid, BlockLayout, as_block, index_view, union_rows
 
 from .support import random_layout
 
@@ -155,3 +155,38 @@ def test_validate_finds_a_column_out_of_range():
     layout.view.col[0] = 77
     with pytest.raises(ValueError, match=r"0\.\.3"):
         layout.validate()
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "groups"),
+    [((150, 200), (16, 16), 1), ((150, 200), (32, 64), 1), ((150, 200), (64, 32), 1), ((96, 40, 3, 3), (16, 32), 2)],
+)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_unions_by_plain_loops(shape, block, groups, density):
+    """Panels of neighbouring rows of a group list each column that any of them has, once, with the rows as bits."""
+    grid = BlockGrid(shape, block, groups)
+    layout = random_layout(grid, density, seed=2, spare=1)
+    mask, v = layout.block_mask(), layout.view
+    _, ob, taps, ib = grid.shape
+    forward = mask.flatten(2).reshape(groups, ob, taps * ib)
+    transposed = mask.permute(0, 3, 2, 1).reshape(groups, ib, taps * ob)
+    for edge, rows, ptr, union in (
+        (block[0], forward, v.union_ptr, v.union),
+        (block[1], transposed, v.t_union_ptr, v.t_union),
+    ):
+        panel = union_rows(edge)
+        if edge not in (16, 32):
+            assert panel == 0 and len(ptr) == len(union) == 0
+            continue
+        assert panel * edge == 128
+        lists = [
+            [
+                (column << panel) + sum(1 << r for r in range(len(chunk)) if chunk[r, column])
+                for column in range(chunk.shape[1])
+                if chunk[:, column].any()
+            ]
+            for group in rows
+            for chunk in group.split(panel)
+        ]
+        assert [union[ptr[p] : ptr[p + 1]].tolist() for p in range(len(lists))] == lists
+        assert len(ptr) == len(lists) + 1 and not union[ptr[-1] :].any()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsekern.layout import BlockGrid
 
-NAMES = ("cpu", "dense")  # in order of preference
+NAMES = ("cpu", "triton", "dense")  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """dy [M, O], x [M, I] -> dvalues [capacity, bo, bi], dbias [O] ([0] without bias)."""
 
+    def block_scores(self, dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+        """dy [M, O], x [M, I] -> float32 [Ob, Ib], norms of the blocks of dy^T x; -inf where a block is stored."""
+
     def conv2d_forward(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
     ) -> Tensor:
@@ -91,6 +94,11 @@ class Backend(Protocol):
         geometry: ConvGeometry,
     ) -> tuple[Tensor, Tensor]:
         """dy [N, O, P, Q], x [N, C, H, W] in one memory format -> dvalues [capacity, bo, bi], dbias [O] or [0]."""
+
+    def conv2d_block_scores(
+        self, dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry
+    ) -> Tensor:
+        """dy [N, O, P, Q], x [N, C, H, W] -> float32 [G, Ob, T, Ib], as ``block_scores``."""
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.backends import ConvGeometry, OpDesc, is_channels_last, native
+from sparsekern.backends import ConvGeometry, OpDesc, dense, is_channels_last, native
 from sparsekern.layout import BlockGrid, capacity_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -167,3 +167,11 @@ def conv2d_wgrad(
         dbias.data_ptr() if with_bias else 0,
     )
     return (dvalues, dbias) if dy.dtype is dvalues.dtype else (dvalues.to(dy.dtype), dbias.to(dy.dtype))
+
+
+def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+    return dense.block_scores(dy, x, index, grid)  # nearly all blocks are absent: a dense product, which MKL does best
+
+
+def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
+    return dense.conv2d_block_scores(dy, x, index, grid, geometry)

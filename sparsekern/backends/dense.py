@@ -94,3 +94,44 @@ def conv2d_wgrad(
     weight = dy.new_empty(1).expand(grid.weight_shape)
     _, dw, dbias = _conv2d_backward(dy, x, weight, grid, geometry, [False, True, with_bias])
     return _stored(dw, index, element_mask, grid), dbias if with_bias else dy.new_empty(0)
+
+
+# -- block scores: a panel of the dense gradient at a time, never all of it --------------------------------------------
+
+_PANEL_ELEMENTS = 1 << 22  # elements of the dense gradient that exist at once (whole block rows, at least one)
+
+
+def without_stored(scores: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+    """``scores`` (one per block of the grid) with -inf at the stored blocks. No host sync."""
+    flat = torch.cat([scores.flatten(), scores.new_empty(1)])
+    return flat.index_fill_(0, BlockLayout(grid, index).slots(), -torch.inf)[:-1].view_as(scores)
+
+
+def _rows_at_once(grid: BlockGrid) -> int:
+    per_row = grid.block[0] * grid.in_per_group * grid.shape[2]
+    return max(_PANEL_ELEMENTS // per_row, 1) * grid.block[0]
+
+
+def _norms(dw: Tensor, block: tuple[int, int], groups: int) -> Tensor:
+    """Frobenius norms [G, Ob, T, Ib] of the blocks of a (part of a) dense gradient, accumulated in fp32 at least."""
+    wide = dw.to(torch.float64 if dw.dtype == torch.float64 else torch.float32)
+    panel = BlockGrid(tuple(dw.shape), block, groups)
+    return panel.to_blocks(wide).flatten(1).norm(dim=1).float().view(panel.shape)
+
+
+def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+    parts = [_norms(part.t() @ x, grid.block, 1) for part in dy.split(_rows_at_once(grid), 1)]
+    return without_stored(torch.cat(parts, 1)[0, :, 0], index, grid)
+
+
+def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
+    groups = []
+    for dy_group, x_group in zip(dy.chunk(grid.groups, 1), x.chunk(grid.groups, 1), strict=True):
+        parts = []
+        for part in dy_group.split(_rows_at_once(grid), 1):
+            part_grid = BlockGrid((part.shape[1], *grid.weight_shape[1:]), grid.block)
+            weight = dy.new_empty(1).expand(part_grid.weight_shape)
+            dw = _conv2d_backward(part, x_group, weight, part_grid, geometry, [False, True, False])[1]
+            parts.append(_norms(dw, grid.block, 1))
+        groups.append(torch.cat(parts, 1))
+    return without_stored(torch.cat(groups), index, grid)
