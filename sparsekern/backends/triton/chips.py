@@ -38,7 +38,7 @@ VERSION = 1
 ByDtype = tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: every call of an op looks choices up by it
 class Chip:
     """One GPU, in SI units (bytes, bytes/s, FLOP/s, Hz, s).
 
@@ -143,12 +143,14 @@ def get(name: str) -> Chip:
 def current(device: torch.device | str | int | None = None) -> Chip:
     """The GPU behind ``device``; figures the table lacks follow from its architecture, clock and multiprocessors.
 
-    A device other than a GPU gets the figures of an H200, so that the same code runs under Triton's interpreter.
+    Without a GPU these are the figures of an H200, so that the same code runs under Triton's interpreter.
     """
     device = torch.device("cuda" if device is None else device)
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return get(STAND_IN)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return _device(index, user_cache.folder())
 
 
@@ -206,6 +208,8 @@ def _named(name: str, folder: Path) -> Chip:
 
 @functools.lru_cache(maxsize=32)
 def _device(index: int, folder: Path) -> Chip:
+    if not torch.cuda.is_available():
+        return _named(STAND_IN, folder)
     properties = torch.cuda.get_device_properties(index)
     found = {"sms": [properties.multi_processor_count, "datasheet"]}
     for figure, attribute, scale in (

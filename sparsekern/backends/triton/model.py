@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsekern.backends.triton.chips import Chip
 from sparsekern.backends.triton.problem import (
@@ -78,7 +78,9 @@ class Roofline:
 
 
 def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
-    """Formulas of the module; ``splits`` are the token chunks of wgrad."""
+    """Formulas of the module; ``splits`` are the token chunks of wgrad. Without tokens or blocks it counts one."""
+    if problem.m < 1 or problem.capacity < 1:
+        problem = replace(problem, m=max(problem.m, 1), capacity=max(problem.capacity, 1))
     p, s, (bo, bi) = problem, problem.itemsize, problem.block
     nnz, area = p.capacity, bo * bi
     hbm = (p.m * (p.in_features + p.out_features) + nnz * area) * s

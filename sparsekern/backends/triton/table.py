@@ -134,7 +134,7 @@ def _read(problem: Problem, entry: Any, source: str) -> Found | None:
         times = float(entry["seconds"]), float(entry["dense_seconds"])
     except (KeyError, TypeError, ValueError):
         return None
-    if min(*sizes.values(), *times) <= 0:
+    if not all(isinstance(entry[name], int) for name in TILE_FIELDS[1:]) or min(*sizes.values(), *times) <= 0:
         return None
     return Found(tile, Problem(problem.op, problem.dtype, problem.block, **sizes), *times, source)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from sparsekern.backends import user_cache
 from sparsekern.backends.triton import chips, model, table
 from sparsekern.backends.triton.chips import Chip
 from sparsekern.backends.triton.problem import (
@@ -191,12 +189,11 @@ def choose(problem: Problem, chip: Chip, fallback: bool = True) -> Choice:
     Raises:
         ValueError: if no tile can run the problem and ``fallback`` is False.
     """
-    return _choose(problem, chip, fallback, table.generation(), user_cache.folder())
+    return _choose(problem, chip, fallback, table.generation())
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, chip: Chip, fallback: bool, generation: int, folder: Path) -> Choice:
-    problem = replace(problem, m=max(problem.m, 1), capacity=max(problem.capacity, 1))
+def _choose(problem: Problem, chip: Chip, fallback: bool, generation: int) -> Choice:
     dense = model.dense_seconds(problem, chip)
     materialise = model.dense_fallback_seconds(problem, chip) - dense
     tile, seconds, source = _best(problem, chip), float("inf"), "model"

@@ -1,0 +1,474 @@
+"""GPU facts, the roofline model, candidate tiles and tuned tables; none of it needs a GPU or Triton."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparsekern.backends.triton import chips, model, table, tiles
+from sparsekern.backends.triton.problem import Problem, Tile, accumulator_registers, precision, shared_bytes
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SHAPE = (8192, 4096, 4096)  # M, O, I
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path))
+    table.reload()
+    yield
+    table.reload()
+
+
+def problem(op="linear_forward", block=128, density=0.1, shape=SHAPE, dtype="bfloat16"):
+    block = (block, block) if isinstance(block, int) else block
+    return Problem(op, dtype, block, *shape, 1).at_density(density)
+
+
+def gather(bm):
+    return Tile("gather", bm, 64, 1, 8, 4)
+
+
+def panel(n):
+    return Tile("panel", 64, 0, n, 8, 4)
+
+
+H200 = chips.get("h200")
+LARGE = {128: gather(256), 64: gather(512), 32: gather(512), 16: gather(512)}
+
+
+# -- the limits of an H200, worked out by hand: 790 TFLOP/s, 8 TB/s from L2, 4.3 TB/s from memory ----------------------
+
+
+@pytest.mark.parametrize(("block", "product", "wgrad"), [(128, 86, 86), (64, 58, 52), (32, 30, 29), (16, 16, 15)])
+def test_l2_caps_the_efficiency(block, product, wgrad):
+    for op in ("linear_forward", "linear_dgrad"):
+        p = problem(op, block, 1.0)
+        found = p.stored_flops / 790e12 / model.roofline(p, LARGE[block], H200).l2
+        assert found == pytest.approx(product / 100, abs=0.007)
+    p = problem("linear_wgrad", block, 1.0)
+    found = p.stored_flops / 790e12 / model.roofline(p, panel(256 // block), H200).l2
+    assert found == pytest.approx(wgrad / 100, abs=0.007)
+    alone = p.stored_flops / 790e12 / model.roofline(p, panel(1), H200).l2
+    assert alone == pytest.approx({128: 0.65, 64: 0.32, 32: 0.16, 16: 0.08}[block], abs=0.007)
+
+
+@pytest.mark.parametrize("width", [1024, 2048, 4096, 8192])
+def test_memory_caps_the_speedup_at_d_over_367(width):
+    p = Problem("linear_forward", "bfloat16", (128, 128), 32768, width, width, 1)
+    dense = p.dense_flops / 790e12
+    assert dense / model.roofline(p, LARGE[128], H200).hbm == pytest.approx(width / 367, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "speedups"),
+    [
+        ((8192, 4096, 4096), 128, (1.7, 2.8, 4.2, 8.1, 10.1)),
+        ((8192, 4096, 4096), 64, (1.2, 1.9, 2.8, 5.5, 10.1)),
+        ((8192, 4096, 4096), 32, (0.6, 1.0, 1.5, 3.0, 5.8)),
+        ((8192, 4096, 4096), 16, (0.3, 0.5, 0.8, 1.6, 3.1)),
+        ((8192, 4096, 1024), 128, (1.7, 2.7, 3.9, 4.0, 4.0)),
+        ((8192, 4096, 1024), 64, (1.1, 1.9, 2.7, 4.0, 4.0)),
+        ((8192, 4096, 1024), 32, (0.6, 1.0, 1.5, 2.9, 4.0)),
+    ],
+)
+def test_roofline_speedups(shape, block, speedups):
+    for density, expected in zip((0.5, 0.3, 0.2, 0.1, 0.05), speedups):
+        p = problem(block=block, density=density, shape=shape)
+        dense = p.dense_flops / 790e12 + H200.launch
+        found = dense / (model.roofline(p, LARGE[block], H200).seconds + H200.launch)
+        assert found == pytest.approx(expected, rel=0.03, abs=0.05)
+
+
+@pytest.mark.parametrize(("block", "intensities"), [(32, (64, 50, 42, 33)), (16, (64, 48, 37, 25))])
+def test_unions_raise_the_work_per_byte(block, intensities):
+    tile = Tile("union", 128, block, 256 // block, 8, 4)
+    for density, expected in zip((0.5, 0.3, 0.2, 0.1), intensities):
+        p = problem(block=block, density=density)
+        assert p.stored_flops / model.work(p, tile).l2_bytes == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("block", "n", "fills"), [(128, 2, (0.97, 0.93, 0.86, 0.77)), (64, 4, (0.96, 0.90, 0.81, 0.68))]
+)
+def test_panels_fill_as_simulated(block, n, fills):
+    for density, expected in zip((0.5, 0.2, 0.1, 0.05), fills):
+        p = problem("linear_wgrad", block, density)
+        assert p.stored_flops / model.work(p, panel(n)).flops == pytest.approx(expected, abs=0.02)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", tiles.OPS[:3])
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (64, 64), (128, 16), (128, 128)])
+@pytest.mark.parametrize("chip", chips.names())
+def test_more_blocks_never_take_less(op, block, chip):
+    chip = chips.get(chip)
+    times = []
+    for density in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0):
+        p = problem(op, block, density)
+        times.append([model.seconds(p, tile, chip) for tile in tiles.candidates(p, chip.arch)])
+        assert all(0 < model.efficiency(p, tile, chip) <= 1 for tile in tiles.candidates(p, chip.arch))
+    for sparser, denser in itertools.pairwise(times):
+        assert all(a <= b * (1 + 1e-9) for a, b in zip(sparser, denser))
+
+
+def test_latencies_count_in_short_loops():
+    def share(density):
+        p = problem(density=density)
+        return model.roofline(p, gather(256), H200).seconds / model.seconds(p, gather(256), H200)
+
+    assert share(0.03) < share(0.05) < 0.75 < 0.85 < share(1.0) < 1.0
+    small = problem(density=0.1, shape=(512, 512, 512))
+    assert model.efficiency(small, gather(128), H200) < 0.1
+
+
+def test_few_tokens_take_small_tiles():
+    few = problem(shape=(32, 4096, 4096))
+    assert tiles.choose(few, H200, fallback=False).tile.bm == 32
+    assert tiles.choose(problem(), H200).tile.bm == 256
+
+
+def test_token_chunks_fill_the_chip():
+    sparse = problem("linear_wgrad", 128, 0.05, (32768, 1024, 1024))
+    assert model.splits(sparse, panel(1), H200) >= 8
+    assert model.seconds(sparse, panel(1), H200) < model.seconds(sparse, panel(1), H200, 1)
+    assert model.splits(problem("linear_wgrad", 64, 1.0), panel(4), H200) == 1
+    assert model.splits(replace(sparse, m=16), panel(1), H200) == 1
+    assert model.splits(sparse, gather(128), H200) == 1
+
+
+def test_partial_sums_stay_within_the_workspace():
+    for width in (1024, 4096, 16384):
+        p = problem("linear_wgrad", 64, 0.2, (2**20, width, width))
+        for tile in tiles.candidates(p, 90):
+            splits = model.splits(p, tile, H200)
+            assert splits == 1 or 4 * splits * p.capacity * 64 * 64 <= model.WORKSPACE
+
+
+def test_the_fallback_costs_more_than_dense():
+    for op in tiles.OPS:
+        p = problem(op)
+        assert model.dense_fallback_seconds(p, H200) > model.dense_seconds(p, H200) + H200.launch * 0.99
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_problem_has_tiles_that_fit(arch):
+    seen: dict[tuple[str, str, tuple[int, int]], list[Tile]] = {}
+    for p, tile in tiles.shipped(arch):
+        seen.setdefault((p.op, p.dtype, p.block), []).append(tile)
+        assert tiles.why_not(p, tile, arch) is None
+        assert shared_bytes(p, tile) <= chips.shared_limit(arch)
+        assert accumulator_registers(p, tile) <= 128
+        assert tile.stages >= 2
+        assert tile.variant != "tma" or arch >= 90
+    assert len(seen) == 4 * 4 * 16
+    assert all(1 <= len(listed) <= 6 and len(set(listed)) == len(listed) for listed in seen.values())
+    assert any(t.variant == "union" for t in seen["linear_forward", "bfloat16", (16, 16)])
+    assert any(t.variant == "union" for t in seen["linear_dgrad", "float16", (16, 32)])
+    assert not any(t.variant == "union" for t in seen["linear_dgrad", "float16", (16, 64)])
+
+
+def test_stages_bring_in_both_operands():
+    p = problem(block=(64, 32))
+    assert shared_bytes(p, Tile("gather", 128, 64, 1, 4, 3)) == 3 * (128 + 64) * 64 * 2
+    assert shared_bytes(replace(p, op="linear_dgrad"), Tile("gather", 128, 64, 1, 4, 3)) == 3 * (128 + 32) * 64 * 2
+    assert shared_bytes(replace(p, op="linear_wgrad"), Tile("panel", 64, 0, 4, 4, 3)) == 3 * (4 * 32 + 64) * 64 * 2
+    assert shared_bytes(replace(p, op="block_scores"), Tile("scores", 64, 0, 256, 8, 2)) == 2 * (128 + 256) * 64 * 2
+    assert accumulator_registers(problem(block=16), Tile("union", 128, 16, 8, 4, 4)) == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"variant": "panel"}, "variant"),
+        ({"bm": 48}, "bm"),
+        ({"bk": 48}, "bk"),
+        ({"bk": 8}, "bk"),
+        ({"panel": 2}, "panel"),
+        ({"variant": "tma"}, "sm_90"),
+        ({"variant": "union"}, "union"),
+        ({"stages": 0}, "stage"),
+        ({"stages": 8, "bm": 256}, "shared memory"),
+        ({"warps": 1}, "registers"),
+    ],
+)
+def test_unfit_tiles_say_why(change, reason):
+    fit = Tile("gather", 128, 64, 1, 4, 3)
+    assert tiles.why_not(problem(), fit, 80) is None
+    assert reason in tiles.why_not(problem(), replace(fit, **change), 80)
+
+
+def test_no_tiles_outside_the_kernels_blocks():
+    for p in (problem(block=8), problem(dtype="float64"), problem("conv2d_forward")):
+        assert tiles.candidates(p, 90) == ()
+    eight = problem(block=8)
+    assert tiles.choose(eight, H200).tile is None
+    with pytest.raises(ValueError, match="no tile for block"):
+        tiles.choose(eight, H200, fallback=False)
+
+
+@pytest.mark.parametrize("op", tiles.OPS[:3])
+@pytest.mark.parametrize("chip", chips.names())
+def test_dense_runs_where_it_is_faster(op, chip):
+    chip = chips.get(chip)
+    half = tiles.choose(problem(op, 16, 0.5), chip)
+    assert half.tile is None
+    assert half.taken_seconds == half.fallback_seconds < half.seconds
+    forced = tiles.choose(problem(op, 16, 0.5), chip, fallback=False)
+    assert forced.tile is not None and forced.taken_seconds == half.seconds
+    sparse = tiles.choose(problem(op, 128, 0.1), chip)
+    assert sparse.tile is not None and sparse.source == "model"
+    assert sparse.taken_seconds == sparse.seconds < sparse.dense_seconds / 3
+
+
+def test_empty_calls_have_a_choice():
+    for change in ({"m": 0}, {"capacity": 0}):
+        for op in tiles.OPS:
+            p = replace(problem(op), **change)
+            chosen = tiles.choose(p, H200, fallback=False)
+            assert 0 < chosen.seconds < 1
+            assert model.splits(p, chosen.tile, H200) >= 1
+
+
+def test_choices_are_remembered():
+    p = problem()
+    assert tiles.choose(p, H200) is tiles.choose(replace(p), H200)
+
+
+# -- tuned tables ------------------------------------------------------------------------------------------------------
+
+SLOW = Tile("gather", 32, 64, 1, 4, 4)
+
+
+def test_tables_ship_without_entries():
+    assert table.shipped() == {}
+
+
+@pytest.mark.parametrize(("m", "bucket"), [(0, 1), (1, 1), (3, 4), (8192, 8192), (6000, 8192), (5000, 4096)])
+def test_tokens_fall_into_powers_of_two(m, bucket):
+    assert table.token_bucket(m) == bucket
+
+
+@pytest.mark.parametrize(("density", "bucket"), [(1.0, 0.5), (0.38, 0.3), (0.39, 0.5), (0.08, 0.1), (0.001, 0.02)])
+def test_densities_fall_into_buckets(density, bucket):
+    assert table.density_bucket(density) == bucket
+
+
+def test_tuned_tiles_survive_a_process():
+    p = problem()
+    table.remember("h200", p, SLOW, 40e-6, 350e-6, {"Tile(...)": "OutOfResources"})
+    for _ in range(2):
+        chosen = tiles.choose(p, H200)
+        assert (chosen.tile, chosen.source) == (SLOW, "tuned")
+        assert (chosen.seconds, chosen.dense_seconds) == pytest.approx((40e-6, 350e-6))
+        path = table.save("h200")
+        assert "OutOfResources" in path.read_text()
+        table.reload()
+    assert tiles.choose(p, chips.get("h100")).source == "model"
+    path.write_text("{ torn")
+    table.reload()
+    assert tiles.choose(p, H200).source == "model"
+
+
+def test_another_process_keeps_its_entries():
+    table.remember("h200", problem(), SLOW, 1e-4, 1e-3)
+    table.save("h200")
+    table.reload()
+    table.tuned("h200")
+    theirs = chips.read_cache("h200")["tiles"]
+    entry = next(iter(theirs.values()))
+    chips.write_cache("h200", tiles={**theirs, "theirs": entry})
+    table.remember("h200", problem(block=64), SLOW, 1e-4, 1e-3)
+    assert len(json.loads(table.save("h200").read_text())["tiles"]) == 3
+
+
+def test_a_measured_dense_op_can_win():
+    p = problem()
+    table.remember("h200", p, SLOW, 500e-6, 350e-6)
+    chosen = tiles.choose(p, H200)
+    assert (chosen.tile, chosen.source) == (None, "tuned")
+    assert tiles.choose(p, H200, fallback=False).tile == SLOW
+
+
+def test_entries_answer_for_their_neighbours():
+    p = problem()
+    table.remember("h200", p, SLOW, 40e-6, 350e-6)
+    near = replace(p, m=16384)
+    chosen = tiles.choose(near, H200)
+    assert (chosen.tile, chosen.source) == (SLOW, "tuned")
+    ratio = model.seconds(near, SLOW, H200) / model.seconds(p, SLOW, H200)
+    assert chosen.seconds == pytest.approx(40e-6 * ratio)
+    assert chosen.dense_seconds == pytest.approx(
+        350e-6 * model.dense_seconds(near, H200) / model.dense_seconds(p, H200)
+    )
+    for far in (
+        replace(p, m=256),
+        problem(shape=(8192, 512, 4096)),
+        problem(block=64),
+        problem("linear_dgrad"),
+        problem(dtype="float16"),
+    ):
+        assert tiles.choose(far, H200).source == "model"
+
+
+def test_the_same_features_come_before_a_nearer_shape():
+    wanted, other = Tile("gather", 128, 64, 1, 4, 3), Tile("gather", 256, 64, 1, 8, 4)
+    table.remember("h200", problem(shape=(8192, 4096, 4000)), other, 1e-4, 1e-3)
+    table.remember("h200", problem(shape=(2048, 4096, 4096)), wanted, 1e-4, 1e-3)
+    assert tiles.choose(problem(), H200).tile == wanted
+    table.remember("h200", problem(), SLOW, 1e-4, 1e-3)
+    assert tiles.choose(problem(), H200).tile == SLOW
+
+
+def test_a_tile_that_no_longer_fits_is_passed_over():
+    p = problem()
+    table.remember("a100", p, Tile("tma", 128, 64, 1, 4, 3), 1e-5, 1e-3)
+    assert tiles.choose(p, chips.get("a100")).source == "model"
+    for damage in ({"bm": "x"}, {"seconds": 0.0}, {"m": None}):
+        table.remember("a100", p, SLOW, 1e-5, 1e-3)
+        table.tuned("a100")[table.key(p)].update(damage)
+        assert not list(table.lookup("a100", p))
+    del table.tuned("a100")[table.key(p)]["warps"]
+    assert not list(table.lookup("a100", p))
+
+
+def test_exported_entries_can_be_shipped(tmp_path, monkeypatch):
+    p = problem()
+    table.remember("h200", p, SLOW, 40e-6, 350e-6, {"Tile(...)": "reason"})
+    content = json.loads(table.export(tmp_path / "triton.json", ("h200",)).read_text())
+    assert content["version"] == table.VERSION
+    assert "skipped" not in content["gpus"]["h200"][table.key(p)]
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "elsewhere"))
+    table.reload()
+    monkeypatch.setattr(table, "_shipped", content["gpus"])
+    chosen = tiles.choose(p, H200)
+    assert (chosen.tile, chosen.source) == (SLOW, "table")
+    table.remember("h200", p, gather(256), 30e-6, 350e-6)
+    assert tiles.choose(p, H200).source == "tuned"
+
+
+# -- chips -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_says_where_it_comes_from():
+    content = chips.shipped()
+    labels = {"datasheet", "measured", "assumed"}
+    for name in (*chips.names(), *(f"sm{arch}" for arch in content["architectures"])):
+        chip = chips.get(name)
+        assert {source for _, source in chip.sources} <= labels
+        assert {figure for figure, _ in chip.sources} >= set(chips.NUMBERS)
+        for dtype in tiles.DTYPES:
+            assert chip.rate(dtype) > 0 and 0 < chip.share(dtype) <= 1
+    assert H200.rate("bfloat16") == 790e12 and H200.source("dense_flops.bfloat16") == "measured"
+    assert H200.source("l2_bandwidth") == "assumed"
+    assert chips.get("h100").hbm_bandwidth == 3.0e12
+    with pytest.raises(ValueError, match="expected one of h200"):
+        chips.get("h300")
+
+
+def test_measured_figures_change_predictions():
+    p = problem(block=32, density=0.1)
+    before = tiles.choose(p, chips.get("h200"))
+    chips.remember("h200", l2_bandwidth=4e12, hbm_bandwidth=None, dense_tflops={"bfloat16": 700.0})
+    chip = chips.get("h200")
+    assert (chip.l2_bandwidth, chip.rate("bfloat16"), chip.hbm_bandwidth) == (4e12, 700e12, 4.3e12)
+    assert chip.source("l2_bandwidth") == chip.source("dense_flops.bfloat16") == "measured"
+    assert chip.source("dense_flops.float16") == "assumed"
+    after = tiles.choose(p, chip)
+    assert after.seconds > before.seconds and after.dense_seconds > before.dense_seconds
+    table.remember("h200", p, SLOW, 1e-5, 1e-3)
+    table.save("h200")
+    assert chips.get("h200").l2_bandwidth == 4e12
+    chips.forget()
+    assert chips.get("h200").l2_bandwidth == 4e12
+    assert chips.get("h100").l2_bandwidth == 8e12
+
+
+@pytest.mark.parametrize("figures", [{"l2": 1.0}, {"l2_bandwidth": 0.0}, {"l2_bandwidth": "8e12"}])
+def test_odd_figures_are_refused(figures):
+    with pytest.raises(ValueError, match="expected"):
+        chips.remember("h200", **figures)
+    assert not chips.cache_file("h200").exists()
+
+
+def device_properties(monkeypatch, name, major, minor, **more):
+    found = SimpleNamespace(
+        name=name, major=major, minor=minor, multi_processor_count=40, L2_cache_size=4 << 20, **more
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    chips.forget()
+    return found
+
+
+def test_known_gpus_are_recognised(monkeypatch):
+    found = device_properties(monkeypatch, "NVIDIA H100 80GB HBM3", 9, 0)
+    found.multi_processor_count = 132
+    assert chips.current("cuda").name == "h100"
+    chips.forget()
+
+
+def test_unknown_gpus_follow_from_their_architecture(monkeypatch):
+    device_properties(
+        monkeypatch, "NVIDIA L4", 8, 9, clock_rate=2_040_000, memory_clock_rate=6_251_000, memory_bus_width=192,
+        shared_memory_per_block_optin=101376,
+    )  # fmt: skip
+    chip = chips.current("cuda")
+    assert (chip.name, chip.arch, chip.sms) == ("nvidia-l4", 89, 40)
+    assert chip.hbm_bandwidth == pytest.approx(0.27e12, rel=0.01)
+    assert chip.rate("bfloat16") == pytest.approx(0.8 * 40 * 2.04e9 * 1024)
+    assert chip.source("dense_flops.bfloat16") == "assumed"
+    assert tiles.choose(problem(shape=(8192, 1024, 1024)), chip).tile is not None
+    chips.remember("nvidia-l4", hbm_bandwidth=0.2e12)
+    assert chips.current("cuda").hbm_bandwidth == 0.2e12
+    device_properties(monkeypatch, "NVIDIA Future", 13, 0)
+    assert chips.current("cuda").arch == 130
+    chips.forget()
+
+
+def test_other_devices_get_a_stand_in():
+    assert chips.current("cpu").name == H200.name
+
+
+# -- dtypes and imports ------------------------------------------------------------------------------------------------
+
+
+def test_fp32_follows_torchs_own_switch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    assert precision(torch.bfloat16) == "bfloat16"
+    try:
+        if hasattr(matmul, "fp32_precision"):
+            for setting, expected in (("ieee", "float32"), ("tf32", "tf32")):
+                matmul.fp32_precision = setting
+                assert precision(torch.float32) == expected
+        else:
+            matmul.allow_tf32 = True
+            assert precision(torch.float32) == "tf32"
+    finally:
+        setattr(matmul, "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32", before)
+
+
+def test_nothing_here_needs_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from sparsekern.backends.triton import chips, model, table, tiles\n"
+        "from sparsekern import tuning\n"
+        "p = tiles.Problem('linear_forward', 'bfloat16', (64, 64), 4096, 1024, 1024, 26)\n"
+        "assert tiles.choose(p, chips.get('h200')).tile"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
