@@ -1,0 +1,205 @@
+"""What only a GPU can show: every shipped tile compiled and run, CUDA graphs, compile, no host syncs, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.layout import BlockGrid, BlockLayout
+
+from .support import assert_within, random_layout
+
+pytest.importorskip("triton")
+
+from sparsekern.backends.triton import chips, model, tiles
+from sparsekern.backends.triton.problem import Problem
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
+# Rounding of the output; tf32 rounds the operands to 10 bits of mantissa.
+BOUNDS = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "tf32": 2**-9}
+
+
+def shipped():
+    arch = 80
+    if torch.cuda.is_available():
+        arch = chips.current("cuda").arch
+    return list(tiles.shipped(arch))
+
+
+def tile_id(case):
+    problem, tile = case
+    bo, bi = problem.block
+    return (
+        f"{problem.op}-{problem.dtype}-{bo}x{bi}-{tile.variant}-{tile.bm}x{tile.bk}x{tile.panel}-"
+        f"w{tile.warps}s{tile.stages}c{tile.ctas}"
+    )
+
+
+@pytest.fixture
+def cuda_precision(request):
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def on_gpu(shape, block, density, **how):
+    layout = random_layout(BlockGrid(shape, block), density, **how)
+    return BlockLayout(layout.grid, layout.index.cuda())
+
+
+@pytest.mark.parametrize("case", shipped(), ids=tile_id)
+def test_shipped_tile(case, cuda_precision):
+    """Each tile at a ragged shape of several programs; the memory behind the outputs starts as NaN."""
+    from sparsekern.backends.triton.launch import block_scores, linear, linear_wgrad
+
+    problem, tile = case
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.dtype == "tf32" else "ieee"
+    dtype, bound = DTYPES[problem.dtype], BOUNDS[problem.dtype]
+    layout = on_gpu((520, 648), problem.block, 0.3, seed=1, spare=2)
+    x, dy, bias = draw(300, 648, dtype=dtype), draw(300, 520, dtype=dtype), draw(520, dtype=dtype)
+    values = layout.from_dense(draw(520, 648, dtype=dtype))
+    w = layout.to_dense(values).double()
+    if problem.op == "linear_forward":
+        y = linear.forward(x, values, layout.index, bias, layout.grid, tile)
+        magnitude = x.double().abs() @ w.abs().t() + bias.double().abs()
+        assert_within(y, x.double() @ w.t() + bias.double(), magnitude, "y", bound)
+    elif problem.op == "linear_dgrad":
+        dx = linear.dgrad(dy, values, layout.index, layout.grid, tile)
+        assert_within(dx, dy.double() @ w, dy.double().abs() @ w.abs(), "dx", bound)
+    elif problem.op == "linear_wgrad":
+        want = layout.from_dense(dy.double().t() @ x.double())
+        magnitude = layout.from_dense(dy.double().abs().t() @ x.double().abs())
+        for splits in (1, 3):
+            dvalues, dbias = linear_wgrad.wgrad(dy, x, layout.index, None, True, layout.grid, tile, splits)
+            assert_within(dvalues, want, magnitude, "dvalues", bound)
+            assert_within(dbias, dy.double().sum(0), dy.double().abs().sum(0), "dbias", bound)
+            assert not dvalues[layout.nnz :].any()
+    else:
+        got = block_scores.scores(dy, x, layout.grid, tile)
+        want = layout.grid.to_blocks(dy.double().t() @ x.double()).flatten(1).norm(dim=1).view(got.shape)
+        torch.testing.assert_close(got.double(), want, rtol=1e-2 if problem.dtype == "tf32" else 1e-4, atol=1e-3)
+
+
+def training_layer(block=32, density=0.2, dtype=torch.bfloat16):
+    dense = nn.Linear(512, 768, device="cuda", dtype=dtype)
+    layout = on_gpu((768, 512), (block, block), density)
+    return sk.SparseLinear.from_dense(dense, layout.mask(), block=block)
+
+
+def other_blocks(layer):
+    """Another block mask with as many blocks; made without a host sync."""
+    scores = torch.rand(layer.layout.grid.blocks, device="cuda")
+    keep = scores.topk(layer.layout.capacity).indices
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, keep, True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_no_host_sync(backend, monkeypatch):
+    """A step, a topology update and a score pass leave the host free."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", backend)
+    layer, x, dy = training_layer(), draw(256, 512, dtype=torch.bfloat16), draw(256, 768, dtype=torch.bfloat16)
+    x.requires_grad_()
+    layer(x).backward(dy)  # compiles
+    torch.ops.sparsekern.block_scores(dy, x.detach(), layer.layout.index, 32, 32)
+    mask = other_blocks(layer)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+        torch.ops.sparsekern.block_scores(dy, x.detach(), layer.layout.index, 32, 32)
+        layer.layout.update_(mask, check=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph_survives_a_topology_update(monkeypatch):
+    """A captured step reads the layout's buffers: after an update in place its replay uses the new blocks."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
+    layer, x, dy = training_layer(), draw(256, 512, dtype=torch.bfloat16), draw(256, 768, dtype=torch.bfloat16)
+    x.requires_grad_()
+    parameters = [x, layer.values, layer.bias]
+
+    def step():
+        y = layer(x)
+        return (y, *torch.autograd.grad(y, parameters, dy))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        layer.layout.update_(other_blocks(layer), check=False)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_once(mode):
+    """Full graph, and no recompilation after a topology update."""
+    layer = training_layer()
+    x = draw(256, 512, dtype=torch.bfloat16).requires_grad_()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter if mode == "default" else "inductor")
+    for _ in range(3):
+        y = compiled(x)
+        y.float().square().mean().backward()
+        want = layer(x)
+        torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+        layer.layout.update_(other_blocks(layer), check=False)
+    if mode == "default":
+        assert counter.frame_count == 1
+
+
+def test_nothing_dense_is_allocated(monkeypatch):
+    """At 98 % a training step of a 4096 x 4096 layer stays under a quarter of the dense weight in extra memory."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
+    layout = on_gpu((4096, 4096), (64, 64), 0.02)
+    values = layout.from_dense(draw(4096, 4096, dtype=torch.bfloat16)).requires_grad_()
+    x = draw(16, 4096, dtype=torch.bfloat16).requires_grad_()
+    dy = draw(16, 4096, dtype=torch.bfloat16)
+    sk.sparse_linear(x, values, layout).backward(dy)
+    values.grad = x.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sk.sparse_linear(x, values, layout).backward(dy)
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 4096 * 2 / 4
+
+
+def test_large_offsets():
+    """Activations beyond 2^31 elements: row offsets are 64 bits wide."""
+    m = 2**31 // 1024 + 64
+    if torch.cuda.get_device_properties(0).total_memory < 4 * m * 1024 * 2 + (8 << 30):
+        pytest.skip("needs more memory")
+    layout = on_gpu((64, 1024), (32, 32), 0.2)
+    values = layout.from_dense(draw(64, 1024, dtype=torch.bfloat16))
+    x = torch.empty(m, 1024, device="cuda", dtype=torch.bfloat16).normal_()
+    y = sk.sparse_linear(x, values, layout)
+    w = layout.to_dense(values).double()
+    tail = x[-64:].double()
+    assert_within(y[-64:], tail @ w.t(), tail.abs() @ w.abs().t(), "y", 2**-8)
+
+
+def test_split_count_is_positive_everywhere():
+    chip = chips.current("cuda")
+    for problem, tile in shipped():
+        if problem.op == "linear_wgrad":
+            for m in (1, 100, 100_000):
+                asked = Problem(problem.op, problem.dtype, problem.block, m, 520, 648, 10)
+                assert model.splits(asked, tile, chip) >= 1
