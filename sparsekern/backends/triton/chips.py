@@ -148,7 +148,7 @@ def current(device: torch.device | str | int | None = None) -> Chip:
     device = torch.device("cuda" if device is None else device)
     if device.type != "cuda":
         return get(STAND_IN)
-    index = device.index
+    index: Any = device.index  # None for "cuda", whatever torch's annotations say
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return _device(index, user_cache.folder())
