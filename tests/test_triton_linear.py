@@ -277,7 +277,7 @@ def test_forced_backend_says_what_it_cannot_do(forced):
     with pytest.raises(RuntimeError, match="expected block edges among 16, 32, 64, 128, got 8x8"):
         sk.sparse_linear(x, values, layout)
     layout = layout_of((40, 40), (16, 16), 0.5)
-    with pytest.raises(RuntimeError, match="expected bfloat16, float16 or float32, got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"expected bfloat16, float16 or float32, got torch\.float64"):
         sk.sparse_linear(x.double(), layout.from_dense(torch.randn(40, 40, device=DEVICE).double()), layout)
 
 
