@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 DEMO_ARGS ?= --recipe demo --compare --out runs/demo --overwrite
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparsekern/_version.py $(w
 CPP_FILES := $(shell find tests/cpp csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-slow bench lint format wheel doctor clean
+.PHONY: help demo test test-cpp test-python test-slow bench gpu lint format wheel doctor clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:[^#]*## /\t/' | expand -t 14
@@ -64,6 +65,10 @@ test-slow: $(VENV)/.sk-test ## tests that take minutes: clean installations, lon
 
 bench: $(VENV)/.sk-test ## speed against dense PyTorch on this machine
 	$(PY) -m pytest benchmarks
+
+# No virtual environment: a machine with a GPU has its own torch and Triton, and maybe no network.
+gpu: ## on a machine with a GPU: tests, limits, tuning, speed against dense, targets met or missed (GPU_ARGS=--help)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(VENV)/.sk-dev ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

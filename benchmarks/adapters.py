@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
 
 from benchmarks.device import one_line
+from benchmarks.problems import Problem
 
 
 def _module(name: str) -> Any:
@@ -34,6 +36,27 @@ def remember(figures: dict[str, Any]) -> str:
     except Exception as error:
         return f"not kept: {one_line(error)}"
     return f"kept for {chip_name()}: {', '.join(figures)}"
+
+
+def choices(problem: Problem, pass_: str, fallback: bool) -> dict[str, Any]:
+    """The tile that the Triton backend takes for each op of a pass, where it comes from, and the times it expects."""
+    tiles, facts, chips = _module("tiles"), _module("problem"), _module("chips")
+    if tiles is None or facts is None or chips is None or problem.op != "linear":
+        return {}
+    out: dict[str, Any] = {}
+    for op in ("forward", "dgrad", "wgrad") if pass_ == "step" else (pass_,):
+        try:
+            shape, capacity = problem.shape, problem.values.shape[0]
+            asked = facts.Problem(
+                *(f"linear_{op}", facts.precision(problem.dtype), problem.layout.grid.block),
+                *(shape.m, shape.o, shape.i, capacity),
+            )
+            found = tiles.choose(asked, chips.current(problem.device), fallback)
+            tile = None if found.tile is None else dataclasses.asdict(found.tile)
+            out[op] = {"tile": tile, "source": found.source, "seconds": found.seconds, "dense": found.dense_seconds}
+        except Exception as error:
+            out[op] = one_line(error)
+    return out
 
 
 def export_tiles(path: Path) -> str:

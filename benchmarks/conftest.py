@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import adapters, machine, shapes
 from benchmarks import device as on_device
-from benchmarks import machine, shapes
 from benchmarks.problems import Problem
 from benchmarks.shapes import Case, Selection
 from benchmarks.timing import CpuTimer, CudaTimer, Effort, Timer, race, speedup
@@ -181,6 +181,7 @@ def measure_pass(
             error_bound=problem.error_bound,
             index_bytes=problem.layout.index.numel() * problem.layout.index.element_size(),
             value_bytes=problem.values.numel() * problem.values.element_size(),
+            choices=adapters.choices(problem, case.pass_, forced() == "auto") if problem.backend == "triton" else {},
             **extra,
         )
         assert error <= problem.error_bound, f"expected an error of at most {problem.error_bound}, got {error}"

@@ -387,6 +387,7 @@ def main() -> None:
             "remembered": kept,
         },
     )
+    print(f"{len(figures)} figures, {len(failed)} failures")
     if not figures:
         raise SystemExit(f"probe {want.part}: expected at least one figure, all failed")
 

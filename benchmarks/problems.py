@@ -8,6 +8,7 @@ accumulates in float32 and rounds once to a 16-bit result adds that rounding, 2^
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,14 @@ _IMAGES_CHECKED = 1
 
 
 def error_bound(dtype: torch.dtype) -> float:
-    """The largest relative error a sound kernel of this dtype makes: float32 accumulation, one final rounding."""
-    return ERROR_BOUND + (torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0)
+    """The largest relative error a sound kernel of this dtype makes: float32 accumulation, one final rounding.
+
+    Triton's interpreter cuts bfloat16 off where a GPU rounds (3.6 and 3.9), twice the error.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return ERROR_BOUND
+    cut = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    return ERROR_BOUND + torch.finfo(dtype).eps / (1 if cut else 2)
 
 
 def random_layout(

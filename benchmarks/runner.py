@@ -1,0 +1,199 @@
+"""Runs chunks one after the other, remembers which are done, and keeps a budget of seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import files
+from benchmarks.chunks import RESULT, Chunk
+
+OK, FAILED, TIMEOUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "skipped", "running"
+BAD = (FAILED, TIMEOUT)
+TAIL_LINES = 40
+GRACE_S = 20.0  # after the interrupt at a timeout: pytest writes the rows it has
+LEAST_S = 20.0  # a chunk is not started with less left
+_NO_TESTS = 5  # exit status of pytest
+
+
+class StateError(Exception):
+    """The output folder holds another kind of run; the message says which and what to do."""
+
+
+class State:
+    """What became of each chunk, in ``state.json``; written after every change.
+
+    Args:
+        out: the output folder.
+        rehearsal: of this run. A folder never mixes rehearsed and measured results.
+        fresh: forget what is there.
+    """
+
+    def __init__(self, out: Path, *, rehearsal: bool, fresh: bool = False) -> None:
+        self.path = out / "state.json"
+        found = None if fresh else files.read_json(self.path)
+        if found is not None and found.get("rehearsal") != rehearsal:
+            kind = "a rehearsal" if found.get("rehearsal") else "measurements"
+            raise StateError(f"{out}: holds {kind}; give another --out, or --fresh to start over")
+        self.rehearsal = rehearsal
+        self.chunks: dict[str, dict[str, Any]] = dict(found["chunks"]) if found is not None else {}
+
+    def set(self, chunk: Chunk, **facts: Any) -> None:
+        self.chunks[chunk.name] = {"digest": chunk.digest, **facts}
+        files.write_json(self.path, {"rehearsal": self.rehearsal, "chunks": self.chunks})
+
+    def status(self, chunk: Chunk) -> str | None:
+        """None for a chunk not run yet, cut off while running, or changed since."""
+        found = self.chunks.get(chunk.name)
+        if found is None or found["digest"] != chunk.digest or found["status"] == RUNNING:
+            return None
+        return str(found["status"])
+
+
+def order(chunks: Sequence[Chunk], state: State, *, again: bool = False) -> list[Chunk]:
+    """What is left to do: chunks never run in their order, then those that failed; ``again`` means all."""
+    if again:
+        return list(chunks)
+    new = [chunk for chunk in chunks if state.status(chunk) in (None, SKIPPED)]
+    return new + [chunk for chunk in chunks if state.status(chunk) in BAD]
+
+
+@dataclass
+class Budget:
+    """Seconds that a run may take; None is without end. ``reserve_s`` is kept for the report."""
+
+    seconds: float | None
+    reserve_s: float = 25.0
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.start = self.clock()
+
+    @property
+    def left(self) -> float | None:
+        return None if self.seconds is None else self.seconds - self.reserve_s - (self.clock() - self.start)
+
+    def allows(self, chunk: Chunk) -> bool:
+        return self.left is None or self.left >= max(LEAST_S, chunk.estimate_s)
+
+    def timeout(self, chunk: Chunk) -> float:
+        return chunk.timeout_s if self.left is None else min(chunk.timeout_s, max(LEAST_S, self.left - GRACE_S))
+
+
+def run_all(
+    chunks: Sequence[Chunk],
+    out: Path,
+    state: State,
+    budget: Budget,
+    env: Mapping[str, str],
+    *,
+    again: bool = False,
+    after: Callable[[], None] = lambda: None,
+) -> list[Chunk]:
+    """Run what is left to do; a failure never stops the rest.
+
+    Args:
+        env: the environment that the chunks' own variables are laid over.
+        after: called after every chunk.
+
+    Returns:
+        The chunks for which no time was left.
+    """
+    late = []
+    for chunk in order(chunks, state, again=again):
+        if chunk.skip:
+            state.set(chunk, status=SKIPPED, note=chunk.skip)
+            print(f"{chunk.name:16} skipped: {chunk.skip}", flush=True)
+            continue
+        if not budget.allows(chunk):
+            late.append(chunk)
+            continue
+        print(f"{chunk.name:16} ...", end=" ", flush=True)
+        state.set(chunk, status=RUNNING)
+        facts = run_one(chunk, out, env, budget.timeout(chunk))
+        state.set(chunk, **facts)
+        print(f"{facts['status']} in {facts['seconds']:.0f} s: {facts['note']}", flush=True)
+        after()
+    return late
+
+
+def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+    """One subprocess with its own process group, its output in ``logs/``; a result replaces an older one whole."""
+    result, log = out / chunk.result, out / "logs" / f"{chunk.name}.log"
+    part = out / f".{chunk.name}.part.json"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    part.unlink(missing_ok=True)
+    command = [sys.executable, *(word.replace(RESULT, str(part)) for word in chunk.command)]
+    settings = {**env, **{name: value for name, value in chunk.env.items() if value is not None}}
+    settings = {name: value for name, value in settings.items() if chunk.env.get(name, "") is not None}
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=settings,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )
+        try:
+            code: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    status = OK if code == 0 or (code == _NO_TESTS and chunk.empty_ok) else TIMEOUT if code is None else FAILED
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    note = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    if chunk.result:
+        if files.read_json(part) is not None:
+            os.replace(part, result)
+        elif status == OK:
+            status, note = FAILED, "wrote no result"
+        part.unlink(missing_ok=True)
+    facts: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1), "code": code}
+    facts["note"] = note[:200] if code is not None else f"over {timeout_s:.0f} s; {note[:160]}"
+    if status in BAD:
+        facts["tail"] = lines[-TAIL_LINES:]
+    return facts
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt what still runs of the chunk's process group, wait, then kill it."""
+    if process.poll() is None:
+        _signal(process, signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            pass
+    _signal(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def failures(chunks: Sequence[Chunk], state: State) -> list[str]:
+    """Names of the chunks that failed or ran out of time."""
+    return [chunk.name for chunk in chunks if state.status(chunk) in BAD]
+
+
+def describe(chunks: Sequence[Chunk], state: State) -> str:
+    """The plan as a table for a terminal."""
+    lines = [f"{'chunk':16} {'status':9} {'about s':>7}  command"]
+    for chunk in chunks:
+        status = f"skip: {chunk.skip}" if chunk.skip else state.status(chunk) or "-"
+        env = " ".join(f"{name}={value}" for name, value in chunk.env.items() if value is not None)
+        lines.append(f"{chunk.name:16} {status:9} {chunk.estimate_s:7.0f}  {env} python {' '.join(chunk.command)}")
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""Tune the shapes of the benchmarks: ``python -m benchmarks.tune --out tune.json``.
+
+Goes through ``sparsekern.tune``, which keeps what it finds in the user's cache (``SPARSEKERN_CACHE``), and exports the
+table of tiles beside the results where the backend has one. The shapes of the targets come first; the rest is tuned as
+long as the time lasts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparsekern as sk
+from benchmarks import adapters, files, machine
+from benchmarks.device import one_line
+from benchmarks.shapes import BLOCKS_GPU, LINEAR_GPU, LINEAR_GPU_MORE, LinearShape
+
+SPARSITIES = (90, 80, 95, 50)
+TINY = LinearShape(64, 64, 64)
+
+
+def tune_one(shape: LinearShape, block: int, sparsity: int, device: str, seconds: float) -> dict[str, Any]:
+    """Speed-up that ``sparsekern.tune`` reports for one layer, or why it could not."""
+    row: dict[str, Any] = {"shape": shape.name, "block": block, "sparsity": sparsity}
+    start = time.perf_counter()
+    try:
+        model = nn.Sequential(nn.Linear(shape.i, shape.o, bias=shape.bias, device=device, dtype=torch.bfloat16))
+        x = torch.randn(shape.m, shape.i, device=device, dtype=torch.bfloat16)
+        config = sk.SparsityConfig(sparsity=sparsity / 100, block=block, exclude=())
+        row["speedup"] = sk.tune(model, x, config, seconds_per_layer=seconds, save=device == "cuda")["0"]
+    except Exception as error:
+        row["failed"] = one_line(error)
+    return {**row, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--budget-s", type=float, default=240.0)
+    want = parser.parse_args()
+    tiny = want.device == "cpu"
+    cases = (
+        [(TINY, 16, 50)]
+        if tiny
+        else [
+            *((LINEAR_GPU, block, sparsity) for sparsity, block in itertools.product(SPARSITIES, BLOCKS_GPU)),
+            *itertools.product(LINEAR_GPU_MORE, (64, 32, 128), (90, 80, 95)),
+        ]
+    )
+    deadline, rows = time.perf_counter() + want.budget_s, []
+    for shape, block, sparsity in cases:
+        if time.perf_counter() > deadline:
+            break
+        rows.append(tune_one(shape, block, sparsity, want.device, 0.05 if tiny else 1.0))
+        print(rows[-1], flush=True)
+    exported = adapters.export_tiles(want.out.with_name("tiles.json")) if not tiny else "not exported: a rehearsal"
+    print(f"tiles: {exported}")
+    content = {"kind": "tune", "device": want.device, "machine_info": machine.machine_info(), "exported": exported}
+    files.write_json(want.out, {**content, "rows": rows, "left": len(cases) - len(rows)})
+    print(f"{sum('speedup' in row for row in rows)} of {len(cases)} layers tuned")
+    if all("failed" in row for row in rows):
+        raise SystemExit(f"tune: expected at least one tuned layer, all failed: {rows[:1]}")
+
+
+if __name__ == "__main__":
+    main()
