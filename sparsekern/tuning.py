@@ -220,7 +220,7 @@ class LinearLaunch:
         self.bias = _random((out_features,), case) if getattr(dense, "bias", None) is not None else None
 
     def __call__(self, problem: Problem) -> tuple[Callable[[Tile], Any], Call]:
-        from sparsekern.backends.triton import linear, linear_wgrad  # these import Triton
+        from sparsekern.backends.triton.launch import linear, linear_wgrad  # these import Triton
 
         x, dy, values, index, grid, with_bias = (
             self.x,
