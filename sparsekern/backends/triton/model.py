@@ -158,7 +158,7 @@ def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs of this tile that one multiprocessor holds at a time, at least 1."""
     threads = 32 * tile.warps
     registers = min(accumulator_registers(problem, tile) + OTHER_REGISTERS, 255) * threads
-    shared = shared_bytes(problem, tile) + 1024  # the driver's own per program
+    shared = shared_bytes(problem, tile, chip.arch) + 1024  # the driver's own per program
     fits = min(chip.shared_per_sm // shared, int(chip.registers // registers), chip.threads // threads)
     return max(min(fits, tile.ctas) if tile.ctas else fits, 1)
 

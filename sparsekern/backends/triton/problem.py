@@ -137,9 +137,28 @@ def accumulators(problem: Problem, tile: Tile) -> int:
     return tile.bm * problem.edges[0] * tile.panel
 
 
-def shared_bytes(problem: Problem, tile: Tile) -> int:
-    """Shared memory of one program: the stages of both operands."""
-    return tile.stages * stage_elements(problem, tile) * problem.itemsize
+def warpgroups(arch: int) -> bool:
+    """Whether this architecture multiplies by warpgroup (wgmma, tcgen05), operands read from shared memory."""
+    return 90 <= arch < 120
+
+
+def rows(problem: Problem, tile: Tile) -> int:
+    """Extent of the accumulator along the instruction's M side; warpgroups need 64."""
+    if tile.variant == "panel":
+        return tile.panel * problem.block[1]
+    return tile.panel if tile.variant == "scores" else tile.bm
+
+
+def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
+    """Shared memory of one program: the stages of both operands.
+
+    Without ``arch`` an upper bound. ``mma.sync`` takes its operands through registers, and there Triton 3.9 keeps one
+    buffer less than stages: seen in every kernel compiled for sm_80, and for sm_90 with fewer than 64 rows.
+    """
+    buffers = tile.stages
+    if arch is not None and problem.dtype != "float32" and not (warpgroups(arch) and rows(problem, tile) >= 64):
+        buffers = max(tile.stages - 1, 1)
+    return buffers * stage_elements(problem, tile) * problem.itemsize
 
 
 def accumulator_registers(problem: Problem, tile: Tile) -> float:

@@ -21,6 +21,7 @@ from sparsekern.backends.triton.problem import (
     precision,
     score_outputs,
     shared_bytes,
+    warpgroups,
 )
 
 __all__ = (
@@ -43,6 +44,9 @@ DTYPES = tuple(ITEMSIZE)
 EDGES = (16, 32, 64, 128)
 BLOCKS = tuple((bo, bi) for bo in EDGES for bi in EDGES)
 MOST_ACCUMULATORS = 128  # registers of one thread; more spill
+# Where operands pass through registers as well (mma.sync). With 128, kernels for sm_80 spilled: wgrad 96 bytes, forward
+# in tf32 40, with 4 warps 8; forward in 16 bits with 8 warps just fits.
+PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
 
 
@@ -103,7 +107,7 @@ def _product(problem: Problem) -> Iterator[Tile]:
     n, k = problem.edges
     if problem.dtype == "float32":  # plain multiply-adds: operands pass through registers, so small stages
         yield Tile("gather", 128, 16, 1, 8 if n >= 64 else 4, 3)
-        yield Tile("gather", 64, 16, 1, 4, 3)
+        yield Tile("gather", 64, 16, 1, 8 if n == 128 else 4, 3)
         return
     depth = 128 // problem.itemsize  # a row of a stage is 128 bytes
     stages = 3 if n == 128 else 4
@@ -122,8 +126,9 @@ def _wgrad(problem: Problem) -> Iterator[Tile]:
     (bo, bi), plain = problem.block, problem.dtype == "float32"
     for width, stages in ((128, 2), (64, 2)) if plain else ((256, 4), (128, 3), (64, 4)):
         if width >= bi:
-            warps = 8 if plain or width * bo > 64 * 128 else 4  # the bias sum needs registers too
-            yield Tile("panel", 64 if problem.itemsize == 2 else 32, 0, width // bi, warps, stages)
+            bm = 64 if problem.itemsize == 2 else 32
+            warps = 8 if plain or (width + 64) * bo > 96 * 128 else 4  # the bias sum takes 64 x bo accumulators
+            yield Tile("panel", bm, 0, width // bi, warps, stages)
 
 
 def _scores(problem: Problem) -> Iterator[Tile]:
@@ -137,9 +142,11 @@ def _scores(problem: Problem) -> Iterator[Tile]:
 
 
 def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
-    """With as many stages as the architecture has shared memory for, at least 2."""
+    """With as many stages as the architecture has shared memory for, at least 2, and warps enough for its registers."""
+    if not warpgroups(arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
+        tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
-    while tile.stages > 2 and shared_bytes(problem, tile) > limit:
+    while tile.stages > 2 and shared_bytes(problem, tile, arch) > limit:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
@@ -171,11 +178,13 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if tile.stages < 1 or tile.warps not in (1, 2, 4, 8, 16):
         return f"expected 1 stage or more and a power of two of warps, got {tile.stages} and {tile.warps}"
     limit = chips.shared_limit(arch) - SHARED_RESERVE
-    if shared_bytes(problem, tile) > limit:
-        return f"shared memory: {shared_bytes(problem, tile)} bytes, the limit is {limit}"
+    if (shared := shared_bytes(problem, tile, arch)) > limit:
+        return f"shared memory: {shared} bytes, the limit is {limit}"
     registers = accumulator_registers(problem, tile)
-    if registers > MOST_ACCUMULATORS:
-        return f"registers: {registers:.0f} accumulators per thread, the limit is {MOST_ACCUMULATORS}"
+    roomy = warpgroups(arch) or (tile.variant != "panel" and problem.itemsize == 2)
+    most = MOST_ACCUMULATORS if roomy else PLAIN_ACCUMULATORS
+    if registers > most:
+        return f"registers: {registers:.0f} accumulators per thread, the limit is {most}"
     return None
 
 
