@@ -23,20 +23,41 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, 
 
 
 def row_files(out: Path) -> tuple[list[Path], list[str]]:
-    """Files with rows that can be read, oldest first, and what is wrong with the others."""
+    """Files with rows, oldest first, and what is wrong with others; a row that can't be read leaves its file."""
     good, bad = [], []
-    for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         content = files.read_json(path)
-        if not isinstance(content, dict) or "benchmarks" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
             continue
-        content["benchmarks"] = [bench for bench in content["benchmarks"] if "kind" in bench.get("extra_info", {})]
-        try:
-            load([path])
-        except ReportError as error:
-            bad.append(str(error))
-            continue
-        good.append(path)
+        problem = _problem(path)
+        if problem is not None and len(content["benchmarks"]) > 1:
+            content["benchmarks"] = [bench for bench in content["benchmarks"] if _sound(content, bench, out)]
+            bad.append(f"{problem}; {len(content['benchmarks'])} other rows were kept")
+            files.write_json(path, content)
+            problem = _problem(path)
+        elif problem is not None:
+            bad.append(problem)
+        if problem is None:
+            good.append(path)
     return good, bad
+
+
+def _problem(path: Path) -> str | None:
+    """Why the report can't read a file, or None."""
+    try:
+        load([path])
+    except ReportError as error:
+        return str(error)
+    return None
+
+
+def _sound(content: dict[str, Any], bench: Any, out: Path) -> bool:
+    alone = out / ".row.part.json"
+    files.write_json(alone, {**content, "benchmarks": [bench]})
+    try:
+        return _problem(alone) is None
+    finally:
+        alone.unlink()
 
 
 def machine_lines(machine: dict[str, Any]) -> list[str]:

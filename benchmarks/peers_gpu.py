@@ -117,7 +117,7 @@ class _Blksprs:
             return self.ops.matmul(left, a_layout, right, b_layout, out_layout, self.block, layout_cache=cache)
 
         def result(out: object) -> Tensor:
-            return Tensor(self.ops.to_dense(out, out_layout, self.block))[0]
+            return self.ops.to_dense(out, out_layout, self.block).as_subclass(Tensor)[0]
 
         return Entry(call, result)
 
@@ -143,7 +143,7 @@ def _blksprs_wgrad(problem: LinearProblem) -> Entry:
 
 
 def _stk(problem: LinearProblem) -> tuple[Any, Any]:
-    """The library and the weight [O, I] in its format: float16, blocks of 128."""
+    """The library and the weight [O, I] in its format, which has blocks of 128 only."""
     if problem.block != 128:
         raise Unavailable("stk has blocks of 128 only")
     if any(n % 128 for n in (problem.shape.m, problem.shape.i, problem.shape.o)):
@@ -151,31 +151,31 @@ def _stk(problem: LinearProblem) -> tuple[Any, Any]:
     _on_gpu(problem)
     stk = _module("stk", "stanford-stk")
     view, nnz = problem.layout.view, problem.layout.nnz
-    data = problem.values[:nnz].half().contiguous()
+    data = problem.values[:nnz].contiguous()
     row, col = view.row[:nnz].to(torch.int16), view.col[:nnz].to(torch.int16)
     return stk, stk.Matrix((problem.shape.o, problem.shape.i), data, row, col, view.row_ptr.clone())
 
 
 def _stk_forward(problem: LinearProblem) -> Entry:
     stk, w = _stk(problem)
-    x, w_t = problem.operands.x.half(), w.t()
+    x, w_t = problem.operands.x, w.t()
     return Entry(lambda: stk.ops.dds(x, w_t), same)
 
 
 def _stk_dgrad(problem: LinearProblem) -> Entry:
     stk, w = _stk(problem)
-    dy = problem.operands.dy.half()
+    dy = problem.operands.dy
     return Entry(lambda: stk.ops.dds(dy, w), same)
 
 
 def _stk_wgrad(problem: LinearProblem) -> Entry:
     stk, w = _stk(problem)
-    dy_t, x = problem.operands.dy.half().t(), problem.operands.x.half()
+    dy_t, x = problem.operands.dy.t(), problem.operands.x
     return Entry(lambda: stk.ops.sdd(dy_t, x, w), lambda out: stk.ops.to_dense(out))
 
 
 MASKED, BSR, SAMPLED = "masked dense (w * mask)", "torch bsr_dense_addmm", "torch sampled_addmm"
-BLKSPRS, STK = "blksprs", "stk (float16)"
+BLKSPRS, STK = "blksprs", "stk"
 
 PEERS = (
     Peer(MASKED, "forward", masked_dense),

@@ -1,0 +1,464 @@
+"""The run on a GPU, without one: planning, budget, resuming, isolation of failures, verdicts, and a rehearsal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import files, gpu, runner, verdict, wheels
+from benchmarks.chunks import RESULT, Chunk, Settings, plan
+from benchmarks.gpu_summary import row_files, summarise, with_prefix
+from benchmarks.runner import Budget, State, StateError
+from sparsekern.report import load
+
+ROOT = Path(__file__).parent.parent
+WRITE = "import json, sys; json.dump({'value': %s}, open(sys.argv[1], 'w'))"
+
+
+def chunk(name: str, code: str = WRITE % 1, **changes: Any) -> Chunk:
+    return Chunk(
+        name, ("-c", code, RESULT), **{"result": f"{name}.json", "timeout_s": 30.0, "estimate_s": 1.0, **changes}
+    )
+
+
+def run(out: Path, *chunks: Chunk, budget: Budget | None = None, **more: Any) -> tuple[State, list[Chunk]]:
+    state = State(out, rehearsal=False)
+    late = runner.run_all(chunks, out, state, budget or Budget(None), dict(os.environ), **more)
+    return state, late
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_in_order_of_importance() -> None:
+    names = [chunk.name for chunk in plan(Settings())]
+    assert len(names) == len(set(names))
+    order = ["smoke", "tests-gpu", "probe-l2", "gate-64", "gate-32", "gate-128", "gate-16", "tune", "full-64"]
+    order += ["shape-8192x8192", "peers-64", "conv2d-320"]
+    assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
+    assert names[0] == "smoke"
+
+
+def test_gates_force_the_kernels_and_the_rest_is_as_dispatched() -> None:
+    env = {chunk.name: chunk.env for chunk in plan(Settings())}
+    assert env["gate-64"] == env["smoke"] == {"SPARSEKERN_BACKEND": "triton"}
+    assert env["full-64"] == env["peers-32"] == {"SPARSEKERN_BACKEND": None}
+
+
+def test_plan_covers_every_target() -> None:
+    """Each row that targets.json names is in a chunk of its own selection."""
+    commands = {chunk.name: " ".join(chunk.command) for chunk in plan(Settings())}
+    wanted = verdict.targets()
+    for row in wanted["linear"]["rows"]:
+        command = commands[f"full-{row['block']}"]
+        assert wanted["linear"]["shape"] in command and "--sk-suite gpu-full" in command
+    for shape in wanted["conv2d"]["shapes"]:
+        assert any(shape in command for name, command in commands.items() if name.startswith("conv2d"))
+    assert {f"peers-{block}" for peer in wanted["peers"] for block in peer["blocks"]} <= set(commands)
+
+
+def test_a_backend_without_convolutions_skips_them_with_the_reason() -> None:
+    skipped = {chunk.name: chunk.skip for chunk in plan(Settings(conv2d="no kernel")) if chunk.skip == "no kernel"}
+    assert skipped and all(name.startswith("conv2d") for name in skipped)
+
+
+def test_only_takes_names_and_patterns() -> None:
+    chunks = plan(Settings())
+    assert [c.name for c in gpu.chosen(chunks, "tune,gate-*")] == ["gate-64", "gate-32", "gate-128", "gate-16", "tune"]
+    with pytest.raises(SystemExit, match="gate-7: expected some of smoke"):
+        gpu.chosen(chunks, "gate-7")
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_failures_stay_alone(tmp_path: Path) -> None:
+    chunks = (
+        chunk("crash", "import os; print('about to die', flush=True); os.abort()"),
+        chunk("hang", "import time; print('hanging', flush=True); time.sleep(60)", timeout_s=1.0),
+        chunk("silent", "pass"),
+        chunk("half", "import sys; open(sys.argv[1], 'w').write('{\"a\": ')"),
+        chunk("fine"),
+    )
+    start = time.monotonic()
+    state, late = run(tmp_path, *chunks)
+    assert time.monotonic() - start < 20
+    status = {name: facts["status"] for name, facts in state.chunks.items()}
+    assert status == {"crash": "failed", "hang": "timeout", "silent": "failed", "half": "failed", "fine": "ok"}
+    assert state.chunks["crash"]["tail"] == ["about to die"] and "hanging" in state.chunks["hang"]["tail"]
+    assert state.chunks["hang"]["note"].startswith("over 1 s")
+    assert state.chunks["silent"]["note"] == "wrote no result"
+    assert late == [] and [path.name for path in tmp_path.glob("*.json")].count("half.json") == 0
+    assert json.loads((tmp_path / "fine.json").read_text()) == {"value": 1}
+    assert runner.failures(chunks, state) == ["crash", "hang", "silent", "half"]
+
+
+def test_a_timeout_ends_children_and_keeps_what_was_written(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    open(sys.argv[1], 'w').write('{\"rows\": 3}')\n"
+    )
+    state, _ = run(tmp_path, chunk("rows", code, timeout_s=2.0))
+    assert state.chunks["rows"]["status"] == "timeout"
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": 3}
+    child = int(state.chunks["rows"]["tail"][0])
+    deadline = time.monotonic() + 5
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_resume_runs_the_new_then_the_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def logged(name: str, tail: str = "") -> Chunk:
+        return chunk(name, f"open({str(log)!r}, 'a').write('{name} ')\n{WRITE % 1}\n{tail}")
+
+    broken, first, second = logged("broken", "raise SystemExit(3)"), logged("first"), logged("second")
+    run(tmp_path, broken, first)
+    run(tmp_path, broken, first, second)
+    assert log.read_text() == "broken first second broken "
+    changed = dataclasses.replace(first, env={"X": "1"})
+    run(tmp_path, changed, second)
+    assert log.read_text().endswith("broken first ")
+    run(tmp_path, changed, second, again=True)
+    assert log.read_text().endswith("broken first first second ")
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The whole run dies without a chance to clean up; the cut-off chunk runs again, finished ones do not."""
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks import runner\n"
+        "from benchmarks.chunks import Chunk, RESULT\n"
+        "out = Path(sys.argv[1])\n"
+        "done = \"import sys; open(sys.argv[1], 'w').write('{}')\"\n"
+        'kill = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"\n'
+        "chunks = [Chunk('one', ('-c', done, RESULT), 'one.json'), Chunk('two', ('-c', kill, RESULT), 'two.json')]\n"
+        "runner.run_all(chunks, out, runner.State(out, rehearsal=False), runner.Budget(None), dict(os.environ))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    state = State(tmp_path, rehearsal=False)
+    assert state.chunks["one"]["status"] == "ok" and state.chunks["two"]["status"] == "running"
+    cut = Chunk("two", ("-c", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)", RESULT), "two.json")
+    assert state.status(cut) is None and runner.order([cut], state) == [cut]
+
+
+def test_budget_starts_nothing_that_would_not_end(tmp_path: Path) -> None:
+    now = [0.0]
+    budget = Budget(300.0, reserve_s=20.0, clock=lambda: now[0])
+    small, large = chunk("small", estimate_s=60.0), chunk("large", estimate_s=200.0)
+
+    def later() -> None:
+        now[0] += 200.0
+
+    state, late = run(tmp_path, large, chunk("middle", estimate_s=100.0), small, budget=budget, after=later)
+    assert [c.name for c in late] == ["middle"] and set(state.chunks) == {"large", "small"}
+    now[0] = 290.0
+    assert not budget.allows(small) and Budget(None).allows(large)
+    now[0] = 200.0
+    assert budget.timeout(dataclasses.replace(large, timeout_s=900.0)) == pytest.approx(300 - 20 - 200 - runner.GRACE_S)
+
+
+def test_late_chunks_are_told(tmp_path: Path) -> None:
+    state, late = run(tmp_path, chunk("large", estimate_s=500.0), chunk("small"), budget=Budget(100.0))
+    assert [c.name for c in late] == ["large"] and set(state.chunks) == {"small"}
+
+
+def test_environment_of_a_chunk_is_laid_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SK_GONE", "1")
+    code = (
+        "import json, os, sys; json.dump({k: os.environ.get(k) for k in ('SK_GONE', 'SK_NEW')}, open(sys.argv[1], 'w'))"
+    )
+    run(tmp_path, chunk("env", code, env={"SK_GONE": None, "SK_NEW": "2"}))
+    assert json.loads((tmp_path / "env.json").read_text()) == {"SK_GONE": None, "SK_NEW": "2"}
+
+
+def test_no_tests_found_is_no_failure(tmp_path: Path) -> None:
+    none = Chunk("tests", ("-c", "raise SystemExit(5)"), empty_ok=True)
+    state, _ = run(tmp_path, none, dataclasses.replace(none, name="rows", empty_ok=False))
+    assert (state.chunks["tests"]["status"], state.chunks["rows"]["status"]) == ("ok", "failed")
+
+
+def test_rehearsed_and_measured_results_do_not_mix(tmp_path: Path) -> None:
+    State(tmp_path, rehearsal=True).set(chunk("a"), status="ok")
+    with pytest.raises(StateError, match="holds a rehearsal"):
+        State(tmp_path, rehearsal=False)
+    assert State(tmp_path, rehearsal=False, fresh=True).chunks == {}
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+TABLE = {  # block: (pass, {sparsity: (must, stretch)})
+    128: ("step", {50: (1.25, 1.5), 80: (3.0, 3.7), 90: (5.3, 6.8), 95: (7, 8.5)}),
+    64: ("step", {50: (1.0, 1.1), 80: (2.0, 2.5), 90: (3.8, 4.8), 95: (6.3, 8)}),
+    32: ("forward", {50: (1.0, 1.2), 80: (1.2, 1.9), 90: (2.3, 2.9), 95: (4.4, 5.2)}),
+    16: ("forward", {50: (1.0, 1.2), 80: (1.0, 1.6), 90: (1.25, 2.2), 95: (2.4, 3.5)}),
+}
+
+
+def test_targets_are_the_promised_ones() -> None:
+    found = verdict.targets()
+    assert (found["linear"]["shape"], found["linear"]["dtype"]) == ("8192x4096->4096", "bfloat16")
+    rows = {
+        row["block"]: (row["pass"], {int(s): tuple(pair) for s, pair in row["at"].items()})
+        for row in found["linear"]["rows"]
+    }
+    assert rows == TABLE
+    assert found["conv2d"]["blocks"] == [32, 64] and found["conv2d"]["pass"] == "step"
+    assert {int(s): pair[0] for s, pair in found["conv2d"]["at"].items()} == {80: 1.8, 90: 3}
+    factors = {peer["peer"]: (peer["factor"], peer["blocks"]) for peer in found["peers"]}
+    assert factors == {
+        "torch bsr_dense_addmm": (2, [32, 64]),
+        "torch sampled_addmm": (5, [32, 64]),
+        "blksprs": (5, [32, 64]),
+        "stk": (1, [128]),
+    }
+    assert found["never_slower"]["within"] == 0.03 and found["metadata"] == {"block": 32, "share": 0.02}
+
+
+def pass_bench(block: int, pass_: str, sparsity: int, speedup: float, **changes: Any) -> dict[str, Any]:
+    info = {
+        **{"kind": "pass", "op": "linear", "pass_": pass_, "shape": "8192x4096->4096", "memory_format": "row-major"},
+        **{"block": block, "sparsity": sparsity, "density": 1 - sparsity / 100, "dtype": "bfloat16", "threads": 1},
+        **{"backend": "triton", "bias": True, "dense_median_s": 4e-4, "sparse_median_s": 4e-4 / speedup},
+        **{"speedup": speedup, "speedup_q1": speedup, "speedup_q3": speedup, "gflops": 1e5, "dense_gflops": 7e5},
+        **{"gbytes_per_s": 1e3, "max_error": 2e-3, "neighbours": 0.0, "device": "cuda", "mode": "auto"},
+        **{"error_bound": 2**-8 + 1e-5, "index_bytes": 16, "value_bytes": 2 * block * block},
+        **{"dense_wall_s": 5e-4, "sparse_wall_s": 3e-4, "dense_graph_s": 4e-4, "sparse_graph_s": 4e-4 / speedup / 1.1},
+        **{"dense_peak_bytes": 1 << 26, "sparse_peak_bytes": 1 << 25},
+        **changes,
+    }
+    return {"name": f"{block}-{pass_}-{sparsity}-{info['mode']}", "extra_info": info, "stats": {"rounds": 50}}
+
+
+def peer_bench(block: int, pass_: str, speedup: float, peers: dict[str, float], **failed: str) -> dict[str, Any]:
+    bench = pass_bench(block, pass_, 90, speedup, kind="peers")
+    bench["extra_info"] |= {
+        "peers": {n: {"median_s": 1e-3, "speedup": s} for n, s in peers.items()},
+        "failed_peers": failed,
+    }
+    return bench
+
+
+def results_file(path: Path, *benches: dict[str, Any]) -> Path:
+    gpu_facts = {"name": "NVIDIA H200", "capability": "9.0", "sms": 132, "memory": 150 << 30, "l2": 60 << 20}
+    content = {
+        "benchmarks": list(benches),
+        "machine_info": {"cpu": "a", "torch": "2.11.0", "gpu": {**gpu_facts, "cuda": "13.0", "triton": "3.6.0"}},
+        "sparsekern_run": {"format": 1, "suite": "gpu-full", "load_average_start": None, "neighbours": None},
+        "datetime": "2026-01-01T00:00:00",
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def judged(tmp_path: Path, *benches: dict[str, Any]) -> dict[str, verdict.Line]:
+    lines = verdict.judge(load([results_file(tmp_path / "rows.json", *benches)]), verdict.targets())
+    return {line.what: line for line in lines}
+
+
+def test_a_miss_shows_as_a_miss(tmp_path: Path) -> None:
+    lines = judged(
+        tmp_path,
+        pass_bench(64, "step", 90, 3.79),
+        pass_bench(64, "step", 80, 2.0),
+        pass_bench(64, "step", 95, 8.0),
+        pass_bench(64, "forward", 90, 99.0),  # not what the target asks for
+    )
+    where = "linear 8192x4096->4096, block 64, forward and backward, "
+    assert [lines[f"{where}{s} %"].verdict for s in (50, 80, 90, 95)] == ["not measured", "must", "MISS", "stretch"]
+    assert lines[f"{where}90 %"].graph == pytest.approx(3.79 * 1.1)
+    table = verdict.markdown(list(lines.values()))
+    assert f"| {where}90 % | 3.80 | 4.80 | 3.79 | **MISS** | 4.17 |" in table
+    assert table.count("MISS") == 1
+    assert verdict.counts(list(lines.values())).startswith("1 stretch, ")
+
+
+def test_the_dispatched_row_decides_and_a_wrong_one_never_passes(tmp_path: Path) -> None:
+    lines = judged(
+        tmp_path,
+        pass_bench(32, "forward", 50, 0.6, mode="triton"),
+        pass_bench(32, "forward", 50, 1.0, backend="dense"),
+        pass_bench(32, "forward", 90, 2.5, mode="triton"),
+        pass_bench(32, "forward", 95, 9.0, max_error=0.5),
+        pass_bench(32, "forward", 80, 9.0, device="cpu"),
+        pass_bench(16, "forward", 90, 9.0, dtype="float16"),
+    )
+    where = "linear 8192x4096->4096, block 32, forward, "
+    chosen = lines[f"{where}50 %"]
+    assert (chosen.verdict, chosen.measured, chosen.forced, chosen.note) == ("must", 1.0, 0.6, "dense")
+    assert (lines[f"{where}90 %"].verdict, lines[f"{where}90 %"].note) == ("must", "Triton forced")
+    assert lines[f"{where}95 %"].verdict == "MISS" and "wrong result" in lines[f"{where}95 %"].note
+    assert lines[f"{where}80 %"].verdict == "not measured"
+    assert lines["linear 8192x4096->4096, block 16, forward, 90 %"].verdict == "not measured"
+
+
+def test_peers_are_beaten_at_every_row_or_not_at_all(tmp_path: Path) -> None:
+    lines = judged(
+        tmp_path,
+        peer_bench(32, "forward", 3.0, {"torch bsr_dense_addmm": 1.0, "blksprs": 0.3}),
+        peer_bench(32, "dgrad", 3.0, {"torch bsr_dense_addmm": 1.6}, blksprs="out of memory"),
+        peer_bench(128, "forward", 5.0, {"stk": 5.0}),
+        peer_bench(64, "forward", 5.0, {}, blksprs="is not installed"),
+    )
+    bsr = lines["over torch bsr_dense_addmm, block 32"]
+    assert bsr.verdict == "MISS" and bsr.measured == pytest.approx(1.875) and "least of 2 rows" in bsr.note
+    assert lines["over blksprs, block 32"].verdict == "must"
+    assert lines["over blksprs, block 64"].verdict == "not measured"
+    assert lines["over blksprs, block 64"].note == "is not installed"
+    assert lines["over stk, block 128"].verdict == "must"
+
+
+def test_never_slower_looks_at_dispatched_rows(tmp_path: Path) -> None:
+    name = "never slower than dense, least speed-up of the rows as dispatched"
+    good = judged(tmp_path, pass_bench(32, "dgrad", 50, 0.98), pass_bench(32, "dgrad", 50, 0.5, mode="triton"))[name]
+    bad = judged(tmp_path, pass_bench(32, "dgrad", 50, 0.96), pass_bench(32, "dgrad", 90, 2.0))[name]
+    assert (good.verdict, bad.verdict) == ("must", "MISS")
+    assert bad.note.startswith("1 of 2 rows below; worst: linear 8192x4096->4096 dgrad, block 32, 50 %")
+
+
+def test_layouts_are_weighed(tmp_path: Path) -> None:
+    name = "bytes of the values / bytes of the layout, block 32"
+    assert judged(tmp_path, pass_bench(32, "step", 90, 2.0))[name].verdict == "must"
+    heavy = judged(tmp_path, pass_bench(32, "step", 90, 2.0, index_bytes=42))[name]
+    assert heavy.verdict == "MISS" and heavy.measured == pytest.approx(2048 / 42)
+
+
+def test_summary_joins_slices_and_survives_bad_ones(tmp_path: Path) -> None:
+    results_file(tmp_path / "gate-64.json", pass_bench(64, "step", 90, 3.0, mode="triton"))
+    cut_off = {"name": "cut off", "extra_info": {}, "stats": {}}
+    results_file(tmp_path / "full-64.json", pass_bench(64, "step", 90, 4.0), cut_off)
+    (tmp_path / "torn.json").write_text('{"benchmarks": [')
+    results_file(tmp_path / "empty.json")
+    figure = {"name": "L2 to shared memory, tma", "value": 6.5e12, "unit": "bytes/s", "config": "8 warps", "others": {}}
+    files.write_json(tmp_path / "probe-l2.json", {"figures": [figure], "failed": {"gather 16": "no"}})
+    state = State(tmp_path, rehearsal=False)
+    state.set(chunk("peers-32"), status="failed", seconds=3.0, note="boom | bang", tail=["Traceback", "boom"])
+    good, bad = row_files(tmp_path)
+    assert {path.name for path in good} == {"gate-64.json", "full-64.json"} and len(bad) == 2
+    assert "cut off" in "".join(bad) and "empty.json" in "".join(bad)
+    counted = summarise(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert counted.startswith("0 stretch, 2 must, 0 MISS") and counted in page
+    assert "| 3.80 | 4.80 | 4.00 | must | 4.40 | 3.00 | triton |" in page
+    assert "6.50 TB/s" in page and "gather 16: no" in page and "**failed**" in page and "boom / bang" in page
+    assert "Rehearsal" not in page
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "NVIDIA H200, sm 9.0, 132 SMs, 150 GiB, 60 MiB L2" in report and "graph speed-up" in report
+
+
+def test_a_rehearsal_says_so(tmp_path: Path) -> None:
+    State(tmp_path, rehearsal=True).set(chunk("smoke"), status="ok", seconds=1.0, note="fine")
+    summarise(tmp_path)
+    assert "Rehearsal on the interpreter: the numbers mean nothing" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(4.31e12, "bytes/s", "4.31 TB/s"), (2.5e-6, "s", "2.50 us"), (7.9e14, "FLOP/s", "790 TFLOP/s"), (0, "s", "0 ns")],
+)
+def test_prefixes(value: float, unit: str, text: str) -> None:
+    assert with_prefix(value, unit) == text
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def _command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_needs_a_gpu_or_a_rehearsal(tmp_path: Path) -> None:
+    done = _command("--out", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "--dry-run" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_rehearsal_of_two_chunks(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out, archive = tmp_path / "out", tmp_path / "kept.tar.gz"
+    only = (
+        "--dry-run",
+        "--only",
+        "probe-memory,gate-16",
+        "--archive",
+        str(archive),
+        "--wheels",
+        str(tmp_path / "none"),
+    )
+    done = _command(*only, "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = load([out / "gate-16.json"]).passes
+    assert rows and {row.dtype for row in rows} == {"bfloat16"} and {row.device for row in rows} == {"cpu"}
+    probe = json.loads((out / "probe-memory.json").read_text())
+    assert {figure["unit"] for figure in probe["figures"]} == {"bytes/s", "s"}
+    assert "Rehearsal" in (out / "README.md").read_text()
+    with tarfile.open(archive) as content:
+        assert {"state.json", "gate-16.json", "README.md"} <= set(content.getnames())
+    again = _command(*only, "--out", str(tmp_path / "elsewhere"), "--list")
+    lines = {
+        line.split()[0]: line.split()[1] for line in again.stdout.splitlines() if line.startswith(("gate", "probe"))
+    }
+    assert lines == {"probe-memory": "ok", "gate-16": "ok"}, "the archive carries a run to another folder"
+
+
+# -- wheels ------------------------------------------------------------------------------------------------------------
+
+
+def _wheel(folder: Path, requires: list[str]) -> Path:
+    path = folder / "some_package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = ["Metadata-Version: 2.1", "Name: some-package", "Version: 1.0"]
+        lines += [f"Requires-Dist: {line}" for line in requires]
+        archive.writestr("some_package-1.0.dist-info/METADATA", "\n".join(lines))
+        archive.writestr(
+            "some_package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        archive.writestr("some_package-1.0.dist-info/RECORD", "")
+        archive.writestr("some_package.py", "VALUE = 7\n")
+    return path
+
+
+def test_needs_of_a_wheel(tmp_path: Path) -> None:
+    wheel = _wheel(tmp_path, ["py-cpuinfo2", "torch>=2.8", "Some_Thing (>1)", "black; extra == 'dev'"])
+    assert wheels.needs(wheel) == ["py-cpuinfo2", "some-thing"]
+
+
+def test_a_bad_wheel_costs_only_itself(tmp_path: Path) -> None:
+    _wheel(tmp_path, [])
+    (tmp_path / "bad-1.0-py3-none-any.whl").write_bytes(b"no zip")
+    outcome = wheels.install(tmp_path, tmp_path / "site")
+    assert outcome["some_package-1.0-py3-none-any.whl"] == "installed"
+    assert outcome["bad-1.0-py3-none-any.whl"].startswith("not installed")
+    assert (tmp_path / "site" / "some_package.py").exists()
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert files.read_json(path) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["a.json"]
+    assert files.read_json(tmp_path / "missing.json") is None
