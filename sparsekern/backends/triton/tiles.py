@@ -142,11 +142,13 @@ def _scores(problem: Problem) -> Iterator[Tile]:
 
 
 def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
-    """With as many stages as the architecture has shared memory for, at least 2, and warps enough for its registers."""
+    """With as many stages as the architecture has shared memory for, two buffers at least, and warps enough for its
+    registers."""
     if not warpgroups(arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
         tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
-    while tile.stages > 2 and shared_bytes(problem, tile, arch) > limit:
+    least = 2 if warpgroups(arch) or problem.dtype == "float32" else 3
+    while tile.stages > least and shared_bytes(problem, tile, arch) > limit:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
