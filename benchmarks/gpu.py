@@ -52,6 +52,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tests", help="arguments of pytest for one chunk of tests, instead of the usual two")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for this run (default: .whl if there)")
     parser.add_argument("--fetch-wheels", type=Path, metavar="DIR", help="download those wheels into DIR, and stop")
+    parser.add_argument(
+        "--native", action=argparse.BooleanOptionalAction, default=True, help="build the package's native core first"
+    )
     parser.add_argument("--archive", type=Path, help="tar.gz of the output folder: read first if it is there, kept up")
     return parser.parse_args(arguments)
 
@@ -123,7 +126,7 @@ def prepare(out: Path, want: argparse.Namespace, env: dict[str, str]) -> None:
         known["wheels"] = wheels.install(folder, out / SITE)
         print("wheels:", "; ".join(f"{name} {what}" for name, what in known["wheels"].items()))
     if not list((ROOT / "sparsekern").glob("_C*.so")) or "native" not in known:
-        known["native"] = build_native(env, want.dry_run)
+        known["native"] = build_native(env, want.dry_run) if want.native else "not built: --no-native"
         print("native core:", known["native"])
     asked = "import json; from benchmarks import machine as m; print(json.dumps([m.machine_info(), m.gpu_state()]))"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=env, cwd=ROOT)

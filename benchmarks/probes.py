@@ -62,7 +62,7 @@ class Scale:
         if device == "cpu":
             return cls("cpu", 64, 128, 16, 2, 1 << 16, 64, ((64, 64, 96),), 2, True)
         shapes = (
-            *((8192, n, n) for n in (1024, 2048, 4096, 8192)),
+            *((8192, n, n) for n in (1024, 2048, 4096)),
             *((8192, 768, 3072), (8192, 3072, 768)),
         )
         tma = torch.cuda.get_device_capability()[0] >= 9

@@ -269,6 +269,45 @@ def test_doubtful_times_are_warned_about(variant: Callable[..., Path]) -> None:
     assert any("toy suite" in warning for warning in load([TOY]).warnings())
 
 
+def _on_gpu(data: dict[str, Any]) -> None:
+    """As if the linear rows had run on a GPU."""
+    data["benchmarks"] = [b for b in data["benchmarks"] if b["extra_info"]["op"] == "linear"]
+    data["machine_info"]["gpu"] = {"name": "NVIDIA H200", "capability": "9.0", "sms": 132, "triton": "3.6.0"}
+    for bench in data["benchmarks"]:
+        info = bench["extra_info"]
+        info.update(device="cuda", dtype="bfloat16", mode="triton")
+        if info["kind"] == "pass":
+            info.update(dense_wall_s=0.012, sparse_wall_s=0.007, sparse_graph_s=0.004, dense_graph_s=0.01)
+            info.update(dense_peak_bytes=3_000_000, sparse_peak_bytes=1_000_000)
+
+
+def test_gpu_rows_show_device_dtype_and_other_clocks(variant: Callable[..., Path], tmp_path: Path) -> None:
+    build_report([variant(_on_gpu)], tmp_path / "out")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "NVIDIA H200, sm 9.0, 132 SMs" in text and "device time by events" in text
+    assert (tmp_path / "out" / "speedup-linear-cuda-bfloat16-triton.png").exists()
+    with (tmp_path / "out" / "passes.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert (row["device"], row["dtype"], row["mode"]) == ("cuda", "bfloat16", "triton")
+    assert float(row["sparse wall ms"]) == pytest.approx(7) and float(row["graph speed-up"]) == pytest.approx(2.5)
+    assert float(row["sparse peak MB"]) == pytest.approx(1)
+    peers = (tmp_path / "out" / "peers-forward.csv").read_text().splitlines()[0]
+    assert "device,dtype,mode" in peers
+
+
+def test_a_row_on_a_gpu_is_no_row_on_a_cpu(variant: Callable[..., Path]) -> None:
+    both = load([TOY, variant(_on_gpu)], force=True)
+    linear = [row for row in load([TOY]).passes if row.op == "linear"]
+    assert sum(row.op == "linear" for row in both.passes) == 2 * len(linear)
+
+
+def test_cpu_rows_do_not_name_what_is_usual(report: Path) -> None:
+    for name in ("report.md", "passes.csv"):
+        text = (report / name).read_text()
+        assert "dtype" not in text and "wall ms" not in text and "GPU" not in text
+
+
 def test_of_ideal_is_speedup_times_density() -> None:
     row = load([TOY]).passes[0]
     assert isinstance(row, PassRow) and row.of_ideal == row.speedup * row.density
