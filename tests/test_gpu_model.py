@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsekern.backends.triton import chips, model, table, tiles
-from sparsekern.backends.triton.problem import Problem, Tile, accumulator_registers, precision, shared_bytes
+from sparsekern.backends.triton.problem import Problem, Tile, accumulator_registers, buffers, precision, shared_bytes
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHAPE = (8192, 4096, 4096)  # M, O, I
@@ -171,7 +171,7 @@ def test_every_problem_has_tiles_that_fit(arch):
         assert tiles.why_not(p, tile, arch) is None
         assert shared_bytes(p, tile, arch) <= chips.shared_limit(arch)
         assert accumulator_registers(p, tile) <= 128
-        assert tile.stages >= (2 if 90 <= arch < 120 or p.dtype == "float32" else 3)
+        assert buffers(p, tile, arch) >= 2
         assert tile.variant != "tma" or arch >= 90
     assert len(seen) == 4 * 4 * 16
     assert all(1 <= len(listed) <= 6 and len(set(listed)) == len(listed) for listed in seen.values())
@@ -187,6 +187,8 @@ def test_stages_bring_in_both_operands():
     assert shared_bytes(replace(p, op="linear_wgrad"), Tile("panel", 64, 0, 4, 4, 3)) == 3 * (4 * 32 + 64) * 64 * 2
     assert shared_bytes(replace(p, op="block_scores"), Tile("scores", 64, 0, 256, 8, 2)) == 2 * (128 + 256) * 64 * 2
     assert accumulator_registers(problem(block=16), Tile("union", 128, 16, 8, 4, 4)) == 128
+    union = Tile("union", 128, 32, 4, 4, 7)
+    assert [buffers(problem(block=32), union, arch) for arch in (80, 90)] == [3, 4]
     three, few = Tile("gather", 128, 64, 1, 4, 3), Tile("gather", 32, 64, 1, 4, 3)
     assert shared_bytes(p, three, 80) == 2 * (128 + 64) * 64 * 2  # mma.sync: one buffer less
     assert shared_bytes(p, three, 90) == shared_bytes(p, three)

@@ -33,6 +33,7 @@ from sparsekern.backends.triton.problem import (
     Problem,
     Tile,
     accumulator_registers,
+    buffers,
     score_outputs,
     shared_bytes,
 )
@@ -168,7 +169,7 @@ def seconds(problem: Problem, tile: Tile, chip: Chip, splits: int | None = None)
 
     The fullest multiprocessor runs q = ceil(programs / SMs) programs, c of them at a time. Time is the launch, plus
     the largest of: q programs' multiply-adds; L2 traffic over the whole chip, or q programs' share of it through one
-    multiprocessor's port; device memory; q/c times stages waiting for their data, ``stages - 1`` of them in flight;
+    multiprocessor's port; device memory; q/c times stages waiting for their data, all buffers but one in flight;
     plus q/c times the prologue and epilogue. wgrad adds the partial sums, and one launch for them.
     """
     if splits is None:
@@ -183,7 +184,7 @@ def seconds(problem: Problem, tile: Tile, chip: Chip, splits: int | None = None)
         w.l2_bytes / chip.l2_bandwidth,
         queue * w.l2_bytes / w.programs / (chip.l2_port * chip.clock),
         w.hbm_bytes / chip.hbm_bandwidth,
-        queue / held * w.stages * chip.stage_latency / max(tile.stages - 1, 1),
+        queue / held * w.stages * chip.stage_latency / max(buffers(problem, tile, chip.arch) - 1, 1),
     )
     if w.workspace:
         bandwidth = chip.l2_bandwidth if w.workspace < chip.l2_bytes / 2 else chip.hbm_bandwidth

@@ -149,16 +149,21 @@ def rows(problem: Problem, tile: Tile) -> int:
     return tile.panel if tile.variant == "scores" else tile.bm
 
 
-def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
-    """Shared memory of one program: the stages of both operands.
+def buffers(problem: Problem, tile: Tile, arch: int | None = None) -> int:
+    """Stages that lie in shared memory at a time; without ``arch`` an upper bound.
 
-    Without ``arch`` an upper bound. ``mma.sync`` takes its operands through registers, and there Triton 3.9 keeps one
-    buffer less than stages: seen in every kernel compiled for sm_80, and for sm_90 with fewer than 64 rows.
+    As Triton 3.9 compiles the kernels: "union" reads its index inside the loop and spends every second stage on that;
+    ``mma.sync``, which takes operands through registers (sm_80, and fewer than 64 rows elsewhere), keeps one less.
     """
-    buffers = tile.stages
+    count = (tile.stages + 1) // 2 if tile.variant == "union" else tile.stages
     if arch is not None and problem.dtype != "float32" and not (warpgroups(arch) and rows(problem, tile) >= 64):
-        buffers = max(tile.stages - 1, 1)
-    return buffers * stage_elements(problem, tile) * problem.itemsize
+        count -= 1
+    return max(count, 1)
+
+
+def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
+    """Shared memory of one program: the buffered stages of both operands; without ``arch`` an upper bound."""
+    return buffers(problem, tile, arch) * stage_elements(problem, tile) * problem.itemsize
 
 
 def accumulator_registers(problem: Problem, tile: Tile) -> float:

@@ -18,6 +18,7 @@ from sparsekern.backends.triton.problem import (
     Problem,
     Tile,
     accumulator_registers,
+    buffers,
     precision,
     score_outputs,
     shared_bytes,
@@ -118,7 +119,7 @@ def _product(problem: Problem) -> Iterator[Tile]:
         yield Tile("tma", 256, depth, 1, 8, 4)
         yield Tile("tma", 128, depth, 1, 4, stages)
     if n <= 32 and k <= 64:  # narrow blocks use a tile of x too little to load it for one block row
-        yield Tile("union", 128, k, UNION_WIDTH // n, 4, 4)
+        yield Tile("union", 128, k, UNION_WIDTH // n, 4, 7)
 
 
 def _wgrad(problem: Problem) -> Iterator[Tile]:
@@ -147,8 +148,7 @@ def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
     if not warpgroups(arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
         tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
-    least = 2 if warpgroups(arch) or problem.dtype == "float32" else 3
-    while tile.stages > least and shared_bytes(problem, tile, arch) > limit:
+    while buffers(problem, tile, arch) > 2 and shared_bytes(problem, tile, arch) > limit:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
