@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.shapes import BLOCKS_GPU, CONV_GPU, LINEAR_GPU, LINEAR_GPU_MORE
 
 # Test files in the order of doubt: kernels that no GPU has seen come first. Paths that do not exist are left out.
-TESTS_FIRST = ("tests/triton",)
+TESTS_FIRST = ("tests/test_triton_gpu.py", "tests/test_triton_linear.py", "tests/test_triton_conv2d.py", "tests/triton")
 TESTS_REST = ("tests",)
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 RESULT = "{result}"  # stands for the file a chunk writes
@@ -63,13 +63,15 @@ class Settings:
         device: "cuda", or "cpu" for a rehearsal on Triton's interpreter.
         triton: whether the Triton backend is there to be forced.
         conv2d: why the Triton backend has no convolution, or "".
-        tests: pytest arguments instead of the two chunks of tests.
+        tests: pytest arguments instead of the usual chunks of tests.
+        workers: processes that share a chunk of tests, which mostly wait for compilers; 0 for one without pytest-xdist.
     """
 
     device: str = "cuda"
     triton: bool = True
     conv2d: str = ""
     tests: tuple[str, ...] = ()
+    workers: int = 0
     root: Path = field(default_factory=lambda: Path(__file__).resolve().parent.parent)
 
     @property
@@ -116,23 +118,30 @@ def _module(
 
 
 def _tests(settings: Settings) -> list[Chunk]:
-    only = ("--collect-only",) if settings.rehearsal else ("-o", "faulthandler_timeout=120", "--maxfail=30")
+    if settings.rehearsal:
+        only: tuple[str, ...] = ("--collect-only",)
+    else:
+        shared = ("-n", str(settings.workers)) if settings.workers else ()
+        only = ("-o", "faulthandler_timeout=120", "--maxfail=30", *shared)
     if settings.tests:
         return [Chunk("tests", (*PYTEST, *only, *settings.tests), timeout_s=420, estimate_s=180, empty_ok=True)]
     first = [path for path in TESTS_FIRST if (settings.root / path).exists()]
-    ignored = [f"--ignore={path}" for path in first]
-    rest = (*PYTEST, *only, "-m", "gpu", "--continue-on-collection-errors", *ignored, *TESTS_REST)
-    skip = "" if first else f"no such tests: {', '.join(TESTS_FIRST)}"
-    return [
-        Chunk("tests-kernels", (*PYTEST, *only, *first), timeout_s=480, estimate_s=240, skip=skip, empty_ok=True),
-        Chunk("tests-gpu", rest, timeout_s=300, estimate_s=90, empty_ok=True),
+    rest = ["-m", "gpu", "--continue-on-collection-errors", *(f"--ignore={path}" for path in first), *TESTS_REST]
+    doubtful = [
+        Chunk(
+            Path(path).stem.replace("test_", "tests-").replace("_", "-"),
+            (*PYTEST, *only, path),
+            **{"timeout_s": 400, "estimate_s": 120, "empty_ok": True},
+        )
+        for path in first
     ]
+    return [*doubtful, Chunk("tests-gpu", (*PYTEST, *only, *rest), timeout_s=300, estimate_s=60, empty_ok=True)]
 
 
 def _probes(settings: Settings) -> list[Chunk]:
-    estimates = {"l2": 60, "memory": 20, "gemm": 40, "ceiling": 30}
+    estimates = {"l2": 100, "memory": 20, "gemm": 40, "ceiling": 30}
     return [
-        _module(f"probe-{part}", "benchmarks.probes", settings, {}, (part,), timeout_s=180, estimate_s=seconds)
+        _module(f"probe-{part}", "benchmarks.probes", settings, {}, (part,), timeout_s=240, estimate_s=seconds)
         for part, seconds in estimates.items()
     ]
 

@@ -13,6 +13,7 @@ the same folder stopped, each piece is a process of its own, and ``--budget-s`` 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -49,7 +50,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="show the plan and what is done, run nothing")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU with tiny sizes")
-    parser.add_argument("--tests", help="arguments of pytest for one chunk of tests, instead of the usual two")
+    parser.add_argument("--tests", help="arguments of pytest for one chunk of tests, instead of the usual ones")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for this run (default: .whl if there)")
     parser.add_argument("--fetch-wheels", type=Path, metavar="DIR", help="download those wheels into DIR, and stop")
     parser.add_argument(
@@ -67,8 +68,10 @@ def settings_of(want: argparse.Namespace) -> Settings:
 
     device = "cpu" if want.dry_run else "cuda"
     tests = tuple(want.tests.split()) if want.tests else ()
+    xdist = importlib.util.find_spec("xdist") is not None
+    workers = min(8, (os.cpu_count() or 1) // 2) if xdist else 0
     if "triton" not in NAMES:
-        return Settings(device, triton=False, conv2d="there is no Triton backend", tests=tests)
+        return Settings(device, triton=False, conv2d="there is no Triton backend", tests=tests, workers=workers)
 
     def refusal(op: str) -> str:
         try:
@@ -79,7 +82,7 @@ def settings_of(want: argparse.Namespace) -> Settings:
     linear = refusal("linear")
     if linear:
         print(f"the Triton backend is not used: {linear}")
-    return Settings(device, triton=not linear, conv2d=linear or refusal("conv2d"), tests=tests)
+    return Settings(device, triton=not linear, conv2d=linear or refusal("conv2d"), tests=tests, workers=workers)
 
 
 def chosen(chunks: list[Chunk], only: str | None) -> list[Chunk]:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import files
 from benchmarks.chunks import RESULT, Chunk
 
-OK, FAILED, TIMEOUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "skipped", "running"
+OK, FAILED, TIMEOUT, CUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "cut", "skipped", "running"
 BAD = (FAILED, TIMEOUT)
 TAIL_LINES = 40
 GRACE_S = 20.0  # after the interrupt at a timeout: pytest writes the rows it has
@@ -50,9 +50,9 @@ class State:
         files.write_json(self.path, {"rehearsal": self.rehearsal, "chunks": self.chunks})
 
     def status(self, chunk: Chunk) -> str | None:
-        """None for a chunk not run yet, cut off while running, or changed since."""
+        """None for a chunk not run yet, cut off by the budget or with the run, or changed since."""
         found = self.chunks.get(chunk.name)
-        if found is None or found["digest"] != chunk.digest or found["status"] == RUNNING:
+        if found is None or found["digest"] != chunk.digest or found["status"] in (RUNNING, CUT):
             return None
         return str(found["status"])
 
@@ -149,7 +149,10 @@ def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -
             code = None
         finally:
             _end(process)
-    status = OK if code == 0 or (code == _NO_TESTS and chunk.empty_ok) else TIMEOUT if code is None else FAILED
+    if code is None:
+        status = TIMEOUT if timeout_s >= chunk.timeout_s else CUT
+    else:
+        status = OK if code == 0 or (code == _NO_TESTS and chunk.empty_ok) else FAILED
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     note = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     if chunk.result:

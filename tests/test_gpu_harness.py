@@ -72,6 +72,15 @@ def test_a_backend_without_convolutions_skips_them_with_the_reason() -> None:
     assert skipped and all(name.startswith("conv2d") for name in skipped)
 
 
+def test_tests_are_shared_by_workers_and_only_listed_in_a_rehearsal() -> None:
+    tests = [chunk for chunk in plan(Settings(workers=4)) if chunk.name.startswith("tests-")]
+    assert tests and all("-n 4" in " ".join(chunk.command) for chunk in tests)
+    rehearsed = [chunk for chunk in plan(Settings("cpu", workers=4)) if chunk.name.startswith("tests-")]
+    assert all("--collect-only" in chunk.command and "-n" not in chunk.command for chunk in rehearsed)
+    own = [chunk for chunk in plan(Settings(tests=("tests/test_layout.py", "-k", "x"))) if chunk.name == "tests"]
+    assert own[0].command[-3:] == ("tests/test_layout.py", "-k", "x")
+
+
 def test_only_takes_names_and_patterns() -> None:
     chunks = plan(Settings())
     assert [c.name for c in gpu.chosen(chunks, "tune,gate-*")] == ["gate-64", "gate-32", "gate-128", "gate-16", "tune"]
@@ -179,6 +188,16 @@ def test_budget_starts_nothing_that_would_not_end(tmp_path: Path) -> None:
     assert not budget.allows(small) and Budget(None).allows(large)
     now[0] = 200.0
     assert budget.timeout(dataclasses.replace(large, timeout_s=900.0)) == pytest.approx(300 - 20 - 200 - runner.GRACE_S)
+
+
+def test_a_chunk_that_the_budget_cuts_is_no_failure_and_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "LEAST_S", 1.0)
+    slow = chunk("slow", "import time; time.sleep(30)")
+    state, late = run(tmp_path, slow, budget=Budget(26.0, reserve_s=5.0))  # a second is left after the grace
+    assert state.chunks["slow"]["status"] == "cut" and late == []
+    assert runner.failures([slow], state) == [] and runner.order([slow], state) == [slow]
 
 
 def test_late_chunks_are_told(tmp_path: Path) -> None:

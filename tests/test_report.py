@@ -296,6 +296,14 @@ def test_gpu_rows_show_device_dtype_and_other_clocks(variant: Callable[..., Path
     assert "device,dtype,mode" in peers
 
 
+def test_a_busy_host_is_no_matter_to_a_gpu(variant: Callable[..., Path]) -> None:
+    def busy(data: dict[str, Any]) -> None:
+        _on_gpu(data)
+        data["sparsekern_run"].update(suite="gpu-full", load_average_start=[9.0, 9.0, 9.0])
+
+    assert load([variant(busy)]).warnings() == []
+
+
 def test_a_row_on_a_gpu_is_no_row_on_a_cpu(variant: Callable[..., Path]) -> None:
     both = load([TOY, variant(_on_gpu)], force=True)
     linear = [row for row in load([TOY]).passes if row.op == "linear"]

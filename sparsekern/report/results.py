@@ -168,10 +168,11 @@ class Results:
         """What makes these times doubtful, one sentence each."""
         out = []
         for run in self.runs:
-            load = run["load_average_start"]
+            load = None if run["on_gpu"] else run["load_average_start"]
             if load is not None and load[0] > 0.5:
                 out.append(f"{run['file']}: the load average was {load[0]:.2f} when the run began; times are doubtful.")
         rows: list[PassRow | PeerRow | TrainRow] = [*self.passes, *self.peers, *self.training]
+        rows = [row for row in rows if row.device == "cpu"]  # a busy host does not slow a device down
         busy = [row for row in rows if row.neighbours is not None and row.neighbours > BUSY]
         if busy:
             worst = max(row.neighbours or 0.0 for row in busy)
@@ -256,6 +257,8 @@ def _read(path: Path) -> Results:
     results = Results(machine, [about])
     for entry in data["benchmarks"]:
         _add(results, entry, name)
+    rows: list[PassRow | PeerRow | TrainRow] = [*results.passes, *results.peers, *results.training]
+    about["on_gpu"] = all(row.device == "cuda" for row in rows)
     if not (results.passes or results.peers or results.training):
         raise ReportError(f"{name}: expected rows, got an empty run; were all rows deselected?")
     return results

@@ -210,11 +210,12 @@ def _state_bytes(one: Contender) -> int:
 def headline(results: Results) -> list[tuple[str, str, str]]:
     """``(what, value, detail)`` of the figures that sum the run up."""
     out = []
-    for (op, pass_), rows in grouped(results.passes, lambda row: (row.op, row.pass_)).items():
+    for (op, pass_, mode), rows in grouped(results.passes, lambda row: (row.op, row.pass_, row.mode)).items():
         at_90 = [row for row in rows if row.sparsity == 90 and row.block >= 16] or rows
         where = "90 % sparse, blocks of 16 and more" if at_90 is not rows else "all rows"
         mean = Mean.of(at_90)
-        out.append((f"{op} {pass_}", f"{significant(mean.speedup, 3)}x", f"{where}, {mean.rows} rows"))
+        name = f"{op} {pass_}" + ("" if mode == "auto" else f", {mode} forced")
+        out.append((name, f"{significant(mean.speedup, 3)}x", f"{where}, {mean.rows} rows"))
     if results.training:
         mean_train = geometric_mean(row.speedup for row in results.training)
         out.append(("training step", f"{significant(mean_train, 3)}x", f"{len(results.training)} rows"))
