@@ -214,7 +214,7 @@ def _full(settings: Settings) -> list[Chunk]:
     forced = _rows(
         "forced",
         "gpu-full",
-        ("--sk-shapes", LINEAR_GPU.name, "--sk-passes", "forward,step", "--sk-sparsities", "50,80,95"),
+        ("--sk-shapes", LINEAR_GPU.name, "--sk-passes", "forward,step"),
         settings,
         _forced(settings),
         estimate_s=90,

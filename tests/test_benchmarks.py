@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import peers, shapes
+from benchmarks import device as on_device
+from benchmarks import machine, peers, shapes
 from benchmarks.machine import machine_info
 from benchmarks.problems import conv_problem, linear_problem, random_layout, relative_error
 from benchmarks.timing import CLOCK, MIN_ROUNDS, CudaTimer, Effort, race, sample, speedup
@@ -117,6 +120,63 @@ class FakeEvent:
         return float(end.at - self.at)  # milliseconds
 
 
+class FakeDevice(FakeCuda):
+    """As much of ``torch.cuda`` as the figures beside device time need; ``captures`` says whether graphs work."""
+
+    def __init__(self, captures: bool) -> None:
+        super().__init__()
+        self.captures, self.held, self.most = captures, 1000, 0
+        self.stream = contextlib.nullcontext
+        self.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: self.queue.append("replay"))
+
+    def is_available(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.queue.append("synchronize")
+
+    def current_stream(self) -> Any:
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    Stream = current_stream
+
+    def graph(self, graph: Any) -> contextlib.AbstractContextManager[None]:
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return contextlib.nullcontext()
+
+    def memory_allocated(self) -> int:
+        return self.held
+
+    def reset_peak_memory_stats(self) -> None:
+        self.most = self.held
+
+    def max_memory_allocated(self) -> int:
+        return self.most
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_figures_beside_device_time(captures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeDevice(captures)
+    monkeypatch.setattr(on_device, "torch", types.SimpleNamespace(cuda=cuda))
+
+    def call() -> None:
+        cuda.queue.append("call")
+        cuda.most = max(cuda.most, cuda.held + 300)
+
+    found = on_device.beside("sparse", call, CudaTimer(cuda, l2_bytes=10))
+    assert found["sparse_peak_bytes"] == 300 and found["sparse_wall_s"] > 0
+    if captures:
+        assert (
+            found["sparse_graph_s"] == pytest.approx(2e-3)
+        assert cuda.queue.count("replay") == 1 + on_device.GRAPH_ROUNDS
+        )
+    else:
+        assert found["sparse_graph_failed"] == "RuntimeError: operation not permitted when stream is capturing"
+        assert "sparse_graph_s" not in found
+    assert on_device.beside("sparse", call, CudaTimer(cuda, l2_bytes=10), disabled=True) == {}
+
+
 def test_cuda_timer_empties_l2_and_hides_launches() -> None:
     cuda = FakeCuda()
     timer = CudaTimer(cuda, l2_bytes=1000, spin_cycles=77)
@@ -222,3 +282,18 @@ def test_machine_info_names_no_host_and_no_path() -> None:
     info = machine_info()
     assert info["torch"] == torch.__version__ and info["cores"] >= 1
     assert "node" not in info and str(Path.cwd()) not in json.dumps(info)
+
+
+def test_nvidia_smi_leaves_out_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\ncase "$2" in *,*|*nonsense*) echo "Field is not a valid field to query"; exit 2;; esac\n'
+        'case "$2" in *power*) echo "[N/A]";; *) echo "1980 MHz";; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert machine.nvidia_smi(["clocks.sm", "nonsense", "power.draw"]) == {"clocks.sm": "1980 MHz"}
+    tool.write_text('#!/bin/sh\necho "1980 MHz, P0, [N/A]"\n')
+    assert machine.nvidia_smi(["clocks.sm", "pstate", "power.draw"]) == {"clocks.sm": "1980 MHz", "pstate": "P0"}
+    monkeypatch.setenv("PATH", "")
+    assert machine.nvidia_smi(["clocks.sm"]) == {}
