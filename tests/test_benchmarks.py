@@ -167,10 +167,8 @@ def test_figures_beside_device_time(captures: bool, monkeypatch: pytest.MonkeyPa
     found = on_device.beside("sparse", call, CudaTimer(cuda, l2_bytes=10))
     assert found["sparse_peak_bytes"] == 300 and found["sparse_wall_s"] > 0
     if captures:
-        assert (
-            found["sparse_graph_s"] == pytest.approx(2e-3)
+        assert found["sparse_graph_s"] == pytest.approx(2e-3)
         assert cuda.queue.count("replay") == 1 + on_device.GRAPH_ROUNDS
-        )
     else:
         assert found["sparse_graph_failed"] == "RuntimeError: operation not permitted when stream is capturing"
         assert "sparse_graph_s" not in found
