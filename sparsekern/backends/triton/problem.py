@@ -162,8 +162,12 @@ def buffers(problem: Problem, tile: Tile, arch: int | None = None) -> int:
 
 
 def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
-    """Shared memory of one program: the buffered stages of both operands; without ``arch`` an upper bound."""
-    return buffers(problem, tile, arch) * stage_elements(problem, tile) * problem.itemsize
+    """Shared memory of one program: the buffered stages of both operands, and for "tma" the box its outputs leave by.
+
+    Without ``arch`` an upper bound.
+    """
+    box = tile.bm * problem.edges[0] if tile.variant == "tma" else 0
+    return (buffers(problem, tile, arch) * stage_elements(problem, tile) + box) * problem.itemsize
 
 
 def accumulator_registers(problem: Problem, tile: Tile) -> float:

@@ -1,0 +1,300 @@
+"""Compile the shipped tiles for GPUs that need not be there, and check what came out.
+
+``python -m sparsekern.backends.triton.aot --arch 80 90 100`` prints a table and fails if a check does. The checks are
+those of :func:`problems`; ``--sample`` compiles a part that has every variant, dtype and extreme block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparsekern.backends.triton import chips, model, tiles
+from sparsekern.backends.triton.compiled import Compiled, compile_all, jobs_here, key
+from sparsekern.backends.triton.problem import SHARED_RESERVE, Problem, Tile, rows, shared_bytes, warpgroups
+from sparsekern.backends.triton.recorded import Call, calls
+
+ARCHS = (80, 90, 100)
+CHIP = {80: "a100", 90: "h200", 100: "b200"}  # whose figures the predictions take
+# The call whose efficiency the table predicts.
+TOKENS, FEATURES, DENSITY = 8192, 4096, 0.1
+# Copies of 4 bytes that fetch indices of later stages; operands come by 16 bytes, or 8 where a thread has no more.
+INDEX_COPIES = 4
+PER_SM = 32  # programs that one multiprocessor holds at most
+
+SAMPLE_BLOCKS = ((16, 16), (128, 128), (16, 128), (128, 16))
+SAMPLE_DTYPES = ("bfloat16", "tf32", "float32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one shipped tile, as compiled."""
+
+    problem: Problem
+    tile: Tile
+    arch: int
+    kernel: str
+    compiled: Compiled
+
+    @property
+    def main(self) -> bool:
+        """Whether this kernel multiplies; the other one adds up the chunks of wgrad."""
+        return self.kernel != "sum_chunks_kernel"
+
+    @property
+    def unit(self) -> str:
+        """What multiplies: "wgmma", "mma.sync", "tcgen05", "fma", several or none of them."""
+        c = self.compiled
+        counts = (("wgmma", c.wgmma), ("mma.sync", c.mma), ("tcgen05", c.tcgen05))
+        return "+".join(name for name, count in counts if count) or ("fma" if c.fma else "none")
+
+    @property
+    def resident(self) -> int:
+        """Programs that registers, shared memory and threads let one multiprocessor hold at a time."""
+        chip, threads = chips.get(CHIP.get(self.arch, f"sm{self.arch}")), 32 * self.tile.warps
+        registers = -(-self.compiled.registers // 8) * 8 * threads
+        shared = self.compiled.shared + 1024  # the driver's own
+        return min(chip.shared_per_sm // shared, chip.registers // max(registers, 1), chip.threads // threads, PER_SM)
+
+    @property
+    def efficiency(self) -> float:
+        """Predicted by the model for the table's call."""
+        chip = chips.get(CHIP.get(self.arch, f"sm{self.arch}"))
+        standard = replace(self.problem, m=TOKENS, out_features=FEATURES, in_features=FEATURES).at_density(DENSITY)
+        return model.efficiency(standard, self.tile, chip)
+
+
+def expected_unit(problem: Problem, tile: Tile, arch: int) -> str:
+    """What must multiply: warpgroups need 64 rows, plain fp32 has no tensor cores."""
+    if problem.dtype == "float32":
+        return "fma"
+    if not warpgroups(arch) or rows(problem, tile) < 64:
+        return "mma.sync"
+    return "wgmma" if arch < 100 else "tcgen05"
+
+
+def small_copies(problem: Problem, tile: Tile, arch: int) -> bool:
+    """Whether operands may come by 4 bytes: ``wgmma`` and ``tcgen05`` want the reduction along the rows of TF32
+    operands, so one that lies the other way is transposed on its way to shared memory."""
+    transposing = expected_unit(problem, tile, arch) in ("wgmma", "tcgen05")
+    return problem.dtype == "tf32" and problem.op != "linear_forward" and transposing
+
+
+def problems(row: Row) -> tuple[str, ...]:
+    """What is wrong with a compiled kernel; empty if nothing is.
+
+    It compiles, without spilled registers; it fits the chip's shared memory; and if it multiplies: by the expected
+    instruction, no wgmma waiting for another, operands copied asynchronously by 16 bytes (8 where a thread has no
+    more) or by descriptor, within the shared memory that the tile is counted with.
+    """
+    c, p, t = row.compiled, row.problem, row.tile
+    if c.error:
+        return (c.error,)
+    found = []
+    if c.spilled:
+        found.append(f"{c.spilled} bytes of registers spilled")
+    if c.shared > chips.shared_limit(row.arch):
+        found.append(f"shared memory: {c.shared} bytes, the limit is {chips.shared_limit(row.arch)}")
+    if not row.main:
+        return tuple(found)
+    if c.serialized:
+        found.append("wgmma instructions wait for one another")
+    counted = shared_bytes(p, t, row.arch) + SHARED_RESERVE
+    if c.shared > counted:
+        found.append(f"shared memory: {c.shared} bytes, counted {counted}")
+    if row.unit != expected_unit(p, t, row.arch):
+        found.append(f"multiplies by {row.unit}, expected {expected_unit(p, t, row.arch)}")
+    if t.variant == "tma":
+        if not c.boxes:
+            found.append("no copies by descriptor")
+    elif not (c.copies16 or small_copies(p, t, row.arch)):
+        found.append("no copies of 16 bytes")
+    if c.copies4 > INDEX_COPIES and not small_copies(p, t, row.arch):
+        found.append(f"{c.copies4} copies of 4 bytes")
+    return tuple(found)
+
+
+def selected(
+    arch: int,
+    dtypes: Sequence[str] = tiles.DTYPES,
+    ops: Sequence[str] = tiles.OPS,
+    blocks: Sequence[tuple[int, int]] = tiles.BLOCKS,
+    sample: bool = False,
+) -> Iterator[tuple[Problem, Tile, Call]]:
+    """Kernels to compile with the tiles they belong to.
+
+    ``sample``: blocks :data:`SAMPLE_BLOCKS`, dtypes :data:`SAMPLE_DTYPES`, one tile per variant.
+    """
+    seen = set()
+    for problem, tile in tiles.shipped(arch):
+        if problem.dtype not in dtypes or problem.op not in ops or problem.block not in blocks:
+            continue
+        if sample:
+            group = (problem.op, problem.dtype, problem.block, tile.variant)
+            if problem.dtype not in SAMPLE_DTYPES or problem.block not in SAMPLE_BLOCKS or group in seen:
+                continue
+            seen.add(group)
+        kernels = set()
+        for call in calls(problem, tile, arch):
+            # The chunked wgrad differs in its stores alone: square blocks stand for all.
+            if call.kernel not in kernels or (problem.block[0] == problem.block[1] and not sample):
+                yield problem, tile, call
+            kernels.add(call.kernel)
+
+
+def gate(
+    found: Sequence[tuple[Problem, Tile, Call]], cache: Path, jobs: int = 1, progress: bool = False
+) -> tuple[Row, ...]:
+    """Compile each distinct call once; a row per kernel and tile."""
+    distinct = len({key(call) for *_, call in found})
+    results: dict[str, Compiled] = {}
+    start = shown = time.monotonic()
+    for name, result in compile_all([call for *_, call in found], cache, jobs):
+        results[name] = result
+        if progress and time.monotonic() - shown > 20:
+            shown = time.monotonic()
+            print(f"{len(results)} of {distinct} compiled after {shown - start:.0f} s", file=sys.stderr, flush=True)
+    return tuple(Row(problem, tile, call.target.arch, call.kernel, results[key(call)]) for problem, tile, call in found)
+
+
+HEADINGS = (
+    "op", "dtype", "block", "tile", "sm", "multiplies", "registers", "spilled", "shared KB", "per SM",
+    "copies 16/8/4 B", "boxes", "predicted",
+)  # fmt: skip
+
+
+def describe(tile: Tile) -> str:
+    """A tile in a few characters: variant, bm x bk, panel, warps, stages."""
+    size = f"{tile.bm}x{tile.bk}" if tile.bk else str(tile.bm)
+    return f"{tile.variant} {size} p{tile.panel} w{tile.warps} s{tile.stages}"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table, in the order of :data:`HEADINGS`."""
+    p, c = row.problem, row.compiled
+    name = p.op if row.main else f"{p.op} sums"
+    own = (name, p.dtype, f"{p.block[0]}x{p.block[1]}", describe(row.tile), str(row.arch))
+    if c.error:
+        return (*own, "no code", *[""] * (len(HEADINGS) - len(own) - 1))
+    return (
+        *own,
+        row.unit,
+        str(c.registers),
+        str(c.spilled),
+        f"{c.shared / 1024:.1f}",
+        str(row.resident) if row.main else "",
+        f"{c.copies16}/{c.copies8}/{c.copies4}",
+        str(c.boxes),
+        f"{row.efficiency:.0%}" if row.main else "",
+    )
+
+
+def markdown(rows: Sequence[Row], triton_version: str) -> str:
+    """The table and what is wrong, as a document."""
+    head = (
+        f"Triton {triton_version}: {len(rows)} kernels compiled without a GPU. Copies are instructions in the PTX; "
+        f"per SM: programs that registers, shared memory and threads allow; predicted: efficiency by the model for "
+        f"{TOKENS} tokens, {FEATURES} x {FEATURES}, {1 - DENSITY:.0%} sparse on "
+        f"{', '.join(CHIP[arch].upper() for arch in sorted({row.arch for row in rows}) if arch in CHIP)}, not measured."
+    )
+    lines = [head, "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(line) + " |" for line in dict.fromkeys(map(cells, rows))]
+    return "\n".join([*lines, ""])
+
+
+def as_json(rows: Sequence[Row], triton_version: str) -> dict[str, Any]:
+    """Everything in the rows, one object per kernel and tile."""
+    listed = []
+    for row in rows:
+        p = row.problem
+        listed.append(
+            {
+                "op": p.op,
+                "dtype": p.dtype,
+                "block": list(p.block),
+                "tile": asdict(row.tile),
+                "arch": row.arch,
+                "kernel": row.kernel,
+                "multiplies": row.unit,
+                "per_sm": row.resident,
+                "predicted_efficiency": round(row.efficiency, 3),
+                "problems": list(problems(row)),
+                **asdict(row.compiled),
+            }
+        )
+    return {"triton": triton_version, "kernels": listed}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """One kernel a line, so that two files compare."""
+    lines = ",\n".join(json.dumps(kernel, sort_keys=True) for kernel in content["kernels"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"triton": {json.dumps(content["triton"])}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _block(text: str) -> tuple[int, int]:
+    bo, _, bi = text.partition("x")
+    return int(bo), int(bi)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sparsekern.backends.triton.aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, as 90")
+    parser.add_argument("--dtype", nargs="+", default=tiles.DTYPES, choices=tiles.DTYPES)
+    parser.add_argument("--op", nargs="+", default=tiles.OPS, choices=tiles.OPS)
+    parser.add_argument("--block", nargs="+", default=tiles.BLOCKS, type=_block, help="as 64x64")
+    parser.add_argument("--sample", action="store_true", help="a part with every variant, dtype and extreme block")
+    parser.add_argument("--jobs", type=int, default=jobs_here(), help="processes")
+    parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of earlier results")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--quiet", action="store_true", help="print what is wrong, not the table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 if a check fails."""
+    import triton
+
+    options = _options(arguments)
+    found = [
+        kernel
+        for arch in options.arch
+        for kernel in selected(arch, options.dtype, options.op, options.block, options.sample)
+    ]
+    if not found:
+        print("no shipped tile is selected", file=sys.stderr)
+        return 1
+    start = time.monotonic()
+    rows = gate(found, options.cache, options.jobs, progress=True)
+    document = markdown(rows, triton.__version__)
+    if options.json:
+        write_json(options.json, as_json(rows, triton.__version__))
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(document, encoding="utf-8")
+    if not options.quiet:
+        print(document)
+    wrong = dict.fromkeys(
+        f"sm_{row.arch} {row.kernel} {row.problem.op} {row.problem.dtype} "
+        f"{row.problem.block[0]}x{row.problem.block[1]} {describe(row.tile)}: {'; '.join(problems(row))}"
+        for row in rows
+        if problems(row)
+    )
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    distinct = len({key(call) for *_, call in found})
+    print(
+        f"Triton {triton.__version__}: {len(rows)} kernels of shipped tiles, {distinct} distinct, "
+        f"{len(wrong)} with problems, {time.monotonic() - start:.0f} s"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
