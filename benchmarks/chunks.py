@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.shapes import BLOCKS_GPU, CONV_GPU, LINEAR_GPU, LINEAR_GPU_MORE
@@ -81,7 +81,7 @@ class Settings:
 
 def plan(settings: Settings) -> list[Chunk]:
     """All chunks, the most important first."""
-    return [
+    chunks = [
         _module("smoke", "benchmarks.smoke", settings, _forced(settings), timeout_s=240, estimate_s=60),
         *_tests(settings),
         *_probes(settings),
@@ -91,6 +91,9 @@ def plan(settings: Settings) -> list[Chunk]:
         *_peers(settings),
         *_convolutions(settings),
     ]
+    if settings.rehearsal:
+        return [replace(chunk, estimate_s=10.0, timeout_s=120.0) for chunk in chunks]
+    return chunks
 
 
 def _forced(settings: Settings) -> dict[str, str | None]:
