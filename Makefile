@@ -7,18 +7,22 @@ TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+AOT_ARGS ?=
+# The oldest Triton that the GPU kernels support, beside the installed one.
+TRITON_OLD ?= triton==3.6.0
 DEMO_ARGS ?= --recipe demo --compare --out runs/demo --overwrite
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
+AOT = $(PY) -m sparsekern.backends.triton.aot --arch 80 90 100 --jobs $(JOBS) --cache build/aot/cache --quiet $(AOT_ARGS)
 # What a new build of the package depends on; Python sources are used in place.
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparsekern/_version.py $(wildcard cmake/*.cmake) \
                $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(shell find tests/cpp csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-slow bench gpu lint format wheel doctor clean
+.PHONY: help demo test test-cpp test-python test-aot test-aot-sample test-slow bench gpu lint format wheel doctor clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:[^#]*## /\t/' | expand -t 14
@@ -42,10 +46,16 @@ $(VENV)/.sk-dev: $(VENV)/.sk-torch $(BUILD_FILES)
 	$(PIP) install --no-build-isolation -e '.[dev]'
 	touch $@ $(VENV)/.sk-test $(VENV)/.sk-package
 
+# About 200 MB.
+$(VENV)/.sk-triton36: $(VENV)/.sk-torch
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6 '$(TRITON_OLD)' || \
+	    { echo "test-aot needs $(TRITON_OLD), which could not be downloaded" >&2; exit 1; }
+	touch $@
+
 demo: $(VENV)/.sk-package ## install and train: sparse, dense and a narrower dense net, side by side
 	$(BIN)/sparsekern train $(DEMO_ARGS)
 
-test: test-cpp test-python ## everything that runs in minutes
+test: test-cpp test-python test-aot-sample ## everything that runs in minutes
 
 test-cpp: $(VENV)/.sk-torch ## C++ tests of every instruction set, then again under sanitizers
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSK_DEV=ON -DSK_PYTHON=OFF
@@ -59,6 +69,15 @@ test-cpp: $(VENV)/.sk-torch ## C++ tests of every instruction set, then again un
 test-python: $(VENV)/.sk-test ## pytest, and the benchmarks once without timing
 	$(PY) -m pytest -q tests $(PYTEST_ARGS)
 	$(PY) -m pytest -q benchmarks --benchmark-disable
+
+test-aot: $(VENV)/.sk-test $(VENV)/.sk-triton36 ## every GPU tile compiled by two Tritons and checked, without a GPU
+	status=0; \
+	env -u TRITON_INTERPRET $(AOT) --json build/aot/new.json || status=1; \
+	env -u TRITON_INTERPRET PYTHONPATH=$(abspath $(VENV))/triton-3.6 $(AOT) --json build/aot/old.json || status=1; \
+	exit $$status
+
+test-aot-sample: ## a part of test-aot: every kernel, dtype and extreme block
+	$(MAKE) --no-print-directory test-aot AOT_ARGS='--sample $(AOT_ARGS)'
 
 test-slow: $(VENV)/.sk-test ## tests that take minutes: clean installations, long runs
 	$(PY) -m pytest -q tests -m slow $(PYTEST_ARGS)

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,32 +120,32 @@ def problems(row: Row) -> tuple[str, ...]:
     return tuple(found)
 
 
-def selected(
-    arch: int,
-    dtypes: Sequence[str] = tiles.DTYPES,
-    ops: Sequence[str] = tiles.OPS,
-    blocks: Sequence[tuple[int, int]] = tiles.BLOCKS,
-    sample: bool = False,
-) -> Iterator[tuple[Problem, Tile, Call]]:
-    """Kernels to compile with the tiles they belong to.
+def sampled(shipped: Iterable[tuple[Problem, Tile]]) -> Iterator[tuple[Problem, Tile]]:
+    """The part of the shipped tiles that has every op and variant: blocks :data:`SAMPLE_BLOCKS`, dtypes
+    :data:`SAMPLE_DTYPES`, the first tile of each variant."""
+    inside = ((p, tile) for p, tile in shipped if p.dtype in SAMPLE_DTYPES and p.block in SAMPLE_BLOCKS)
+    return first_of_variants(inside)
 
-    ``sample``: blocks :data:`SAMPLE_BLOCKS`, dtypes :data:`SAMPLE_DTYPES`, one tile per variant.
-    """
+
+def first_of_variants(shipped: Iterable[tuple[Problem, Tile]]) -> Iterator[tuple[Problem, Tile]]:
+    """One tile per op, dtype, block and variant."""
     seen = set()
-    for problem, tile in tiles.shipped(arch):
-        if problem.dtype not in dtypes or problem.op not in ops or problem.block not in blocks:
-            continue
-        if sample:
-            group = (problem.op, problem.dtype, problem.block, tile.variant)
-            if problem.dtype not in SAMPLE_DTYPES or problem.block not in SAMPLE_BLOCKS or group in seen:
-                continue
+    for problem, tile in shipped:
+        group = (problem.op, problem.dtype, problem.block, tile.variant)
+        if group not in seen:
             seen.add(group)
-        kernels = set()
+            yield problem, tile
+
+
+def kernels(shipped: Iterable[tuple[Problem, Tile]], arch: int) -> Iterator[tuple[Problem, Tile, Call]]:
+    """The kernels of some tiles; the wgrad that writes chunks differs in its stores alone, so square blocks stand for
+    all."""
+    for problem, tile in shipped:
+        seen = set()
         for call in calls(problem, tile, arch):
-            # The chunked wgrad differs in its stores alone: square blocks stand for all.
-            if call.kernel not in kernels or (problem.block[0] == problem.block[1] and not sample):
+            if call.kernel not in seen or problem.block[0] == problem.block[1]:
                 yield problem, tile, call
-            kernels.add(call.kernel)
+            seen.add(call.kernel)
 
 
 def gate(
@@ -250,8 +250,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", default=tiles.OPS, choices=tiles.OPS)
     parser.add_argument("--block", nargs="+", default=tiles.BLOCKS, type=_block, help="as 64x64")
     parser.add_argument("--sample", action="store_true", help="a part with every variant, dtype and extreme block")
+    parser.add_argument("--sample-tiles", action="store_true", help="one tile of each variant")
     parser.add_argument("--jobs", type=int, default=jobs_here(), help="processes")
-    parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of earlier results")
+    parser.add_argument("--cache", type=Path, default=Path("build/aot/cache"), help="folder of earlier results")
     parser.add_argument("--json", type=Path, help="write everything here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--quiet", action="store_true", help="print what is wrong, not the table")
@@ -263,11 +264,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     options = _options(arguments)
-    found = [
-        kernel
-        for arch in options.arch
-        for kernel in selected(arch, options.dtype, options.op, options.block, options.sample)
-    ]
+    found: list[tuple[Problem, Tile, Call]] = []
+    for arch in options.arch:
+        shipped: Iterable[tuple[Problem, Tile]] = (
+            (p, tile)
+            for p, tile in tiles.shipped(arch)
+            if p.dtype in options.dtype and p.op in options.op and p.block in options.block
+        )
+        if options.sample:
+            shipped = sampled(shipped)
+        elif options.sample_tiles:
+            shipped = first_of_variants(shipped)
+        found += kernels(shipped, arch)
     if not found:
         print("no shipped tile is selected", file=sys.stderr)
         return 1
