@@ -109,7 +109,13 @@ class BlockGrid:
 
     def index_size(self, capacity: int) -> int:
         """Elements of the packed buffer for ``capacity`` block slots."""
-        return index_offsets(self, capacity).end
+        unions = (self.unions + 1 if self.unions else 0) + (self.t_unions + 1 if self.t_unions else 0)
+        return 2 * self.rows + 2 * self.t_rows + 2 + unions + self.index_per_slot * capacity
+
+    @property
+    def index_per_slot(self) -> int:
+        """Elements of the packed buffer per block slot."""
+        return 4 + bool(self.unions) + bool(self.t_unions)
 
     def to_blocks(self, weight: Tensor) -> Tensor:
         """Cut ``weight`` [O, C/g(, R, S)] into its zero-padded blocks [blocks, bo, bi]."""
@@ -203,8 +209,7 @@ def index_view(grid: BlockGrid, index: Tensor) -> IndexView:
 
 def capacity_of(grid: BlockGrid, index: Tensor) -> int:
     """Block slots that the packed buffer ``index`` of this grid has."""
-    per_slot = 4 + bool(grid.unions) + bool(grid.t_unions)
-    capacity, rest = divmod(index.shape[0] - grid.index_size(0), per_slot)
+    capacity, rest = divmod(index.shape[0] - grid.index_size(0), grid.index_per_slot)
     if index.dim() != 1 or rest or capacity < 0:
         raise ValueError(f"index: {index.shape[0]} elements are no packed layout of a grid {grid.shape}")
     return int(capacity)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sparsekern.backends import ConvGeometry, is_channels_last, select
+from sparsekern.flops import register_when_asked
 from sparsekern.layout import BlockGrid, BlockLayout
 
 _LIBRARY = torch.library.Library("sparsekern", "DEF")
@@ -356,55 +355,7 @@ class _Conv2d(torch.autograd.Function):
         return _conv2d_backward(ctx, dy, _conv2d_dgrad, _conv2d_wgrad)
 
 
-# -- FLOP formulas: stored blocks only ---------------------------------------------------------------------------------
-
-
-@register_flop_formula([torch.ops.sparsekern.linear, torch.ops.sparsekern.linear_dgrad])
-def _linear_flops(
-    x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.linear_wgrad)
-def _linear_wgrad_flops(
-    dy_shape: Sequence[int],
-    x_shape: Sequence[int],
-    index_shape: Sequence[int],
-    capacity: int,
-    bo: int,
-    bi: int,
-    *args: Any,
-    **kw: Any,
-) -> int:
-    return 2 * math.prod(dy_shape[:-1]) * capacity * bo * bi
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d)
-def _conv2d_flops(
-    x_shape: Sequence[int], values_shape: Sequence[int], *args: Any, out_shape: Any = None, **kw: Any
-) -> int:
-    return 2 * out_shape[0] * out_shape[2] * out_shape[3] * math.prod(values_shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_dgrad)
-def _conv2d_dgrad_flops(dy_shape: Sequence[int], values_shape: Sequence[int], *args: Any, **kw: Any) -> int:
-    return 2 * dy_shape[0] * dy_shape[2] * dy_shape[3] * math.prod(values_shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_wgrad)
-def _conv2d_wgrad_flops(
-    dy_shape: Sequence[int],
-    x_shape: Sequence[int],
-    index_shape: Sequence[int],
-    capacity: int,
-    bo: int,
-    bi: int,
-    *args: Any,
-    **kw: Any,
-) -> int:
-    return 2 * dy_shape[0] * dy_shape[2] * dy_shape[3] * capacity * bo * bi
-
+register_when_asked()
 
 # -- what users call ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekern.layout import BlockGrid, BlockLayout, as_block, index_view, union_rows
+from sparsekern.layout import BlockGrid, BlockLayout, as_block, index_offsets, index_view, union_rows
 
 from .support import random_layout
 
@@ -190,3 +190,10 @@ def test_unions_by_plain_loops(shape, block, groups, density):
         ]
         assert [union[ptr[p] : ptr[p + 1]].tolist() for p in range(len(lists))] == lists
         assert len(ptr) == len(lists) + 1 and not union[ptr[-1] :].any()
+
+
+@pytest.mark.parametrize("block", [(8, 8), (16, 64), (32, 16)])
+def test_offsets_end_where_the_buffer_does(block):
+    grid = BlockGrid((150, 200), block)
+    for capacity in (0, 1, 17):
+        assert index_offsets(grid, capacity).end == grid.index_size(capacity)

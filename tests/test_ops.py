@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -240,3 +243,63 @@ def test_conv2d_errors(kwargs, message):
         sk.sparse_conv2d(x, values, layout, bias, **kwargs)
     with pytest.raises(ValueError, match=r"x \[N, 12, H, W\]"):
         sk.sparse_conv2d(x[:, :6], values, layout, bias, groups=2)
+
+
+@pytest.mark.parametrize("first", ["sparsekern", "torch.utils.flop_counter"])
+def test_flops_whichever_is_imported_first(first):
+    script = f"""
+import torch, {first}
+import sparsekern as sk
+from torch.utils.flop_counter import FlopCounterMode
+layer = sk.SparseLinear.from_dense(torch.nn.Linear(32, 32), torch.eye(32).bool(), block=8)
+with FlopCounterMode(display=False) as counter:
+    layer(torch.randn(5, 32))
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2 * 5 * 4 * 8 * 8
+
+
+def test_flops_of_block_scores():
+    layout = random_layout(BlockGrid((12, 6, 3, 2), (4, 4), 2), 0.5)
+    x, dy = torch.randn(2, 12, 6, 7), torch.randn(2, 12, 3, 8)
+    with FlopCounterMode(display=False) as counter:
+        OPS.conv2d_block_scores(dy, x, layout.index, 4, 4, *CONV.values())
+    assert counter.get_total_flops() == 2 * 2 * 12 * 3 * 8 * 6 * 3 * 2
+    layout = random_layout(BlockGrid((20, 33), (8, 4)), 0.4)
+    with FlopCounterMode(display=False) as counter:
+        OPS.block_scores(torch.randn(3, 5, 20), torch.randn(3, 5, 33), layout.index, 8, 4)
+    assert counter.get_total_flops() == 2 * 15 * 20 * 33
+
+
+def test_opcheck_block_scores(backend):
+    layout = random_layout(BlockGrid((20, 33), (8, 4)), 0.4)
+    opcheck(OPS.block_scores, (torch.randn(3, 5, 20), torch.randn(3, 5, 33), layout.index, 8, 4))
+    layout = random_layout(BlockGrid((12, 6, 3, 2), (4, 4), 2), 0.5)
+    opcheck(
+        OPS.conv2d_block_scores,
+        (torch.randn(2, 12, 3, 8), torch.randn(2, 12, 6, 7), layout.index, 4, 4, *CONV.values()),
+    )
+
+
+def test_block_scores_are_norms_of_absent_blocks(backend, monkeypatch):
+    """In panels of a few rows as in one piece: norms of the dense gradient's blocks, -inf where a block is stored."""
+    from sparsekern.backends import dense
+
+    for elements in (1 << 22, 1):
+        monkeypatch.setattr(dense, "_PANEL_ELEMENTS", elements)
+        layout = random_layout(BlockGrid((20, 33), (8, 4)), 0.4, spare=1)
+        x, dy = torch.randn(15, 33), torch.randn(15, 20)
+        want = layout.grid.to_blocks(dy.t() @ x).flatten(1).norm(dim=1).view(3, 9)
+        got = OPS.block_scores(dy, x, layout.index, 8, 4)
+        stored = layout.block_mask().view(3, 9)
+        torch.testing.assert_close(got, want.masked_fill(stored, -torch.inf))
+        layout = random_layout(BlockGrid((12, 6, 3, 2), (4, 4), 2), 0.5)
+        x, dy = torch.randn(2, 12, 6, 7, requires_grad=True), torch.randn(2, 12, 3, 8)
+        w = torch.zeros(12, 6, 3, 2, requires_grad=True)
+        padded = torch.nn.functional.pad(x, (2, 1, 1, 0))
+        torch.nn.functional.conv2d(padded, w, None, (2, 1), 0, (1, 2), 2).backward(dy)
+        want = layout.grid.to_blocks(w.grad).flatten(1).norm(dim=1).view(layout.grid.shape)
+        got = OPS.conv2d_block_scores(dy, x.detach(), layout.index, 4, 4, *CONV.values())
+        torch.testing.assert_close(got, want.masked_fill(layout.block_mask(), -torch.inf), rtol=1e-4, atol=1e-5)

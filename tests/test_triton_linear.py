@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import sparsekern as sk
@@ -25,8 +25,14 @@ pytestmark = [pytest.mark.gpu] if GPU else []
 EDGES = (16, 32, 64, 128)
 BLOCKS = [(bo, bi) for bo in EDGES for bi in EDGES]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# The output is rounded once; the interpreter truncates to bf16, a GPU rounds.
+# The output is rounded once (fp16 below its smallest normal number by an absolute step); the interpreter truncates to
+# bf16, a GPU rounds.
 BOUNDS = {torch.float32: BOUND, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def assert_close(actual, expected, magnitude, what):
+    floor = torch.finfo(actual.dtype).smallest_normal
+    assert_within(actual, expected, magnitude.clamp_min(floor), what, BOUNDS[actual.dtype])
 
 
 def name(value):
@@ -68,7 +74,7 @@ def check_product(layout, m, dtype, variant, bm, bk, *, bias=True, ctas=0, seed=
         else:
             got = linear.dgrad(dy, values, layout.index, layout.grid, tile)
         assert got.dtype == dtype
-        assert_within(got, expected[what], magnitude[what], f"{what} {tile}", BOUNDS[dtype])
+        assert_close(got, expected[what], magnitude[what], f"{what} {tile}")
         ran += 1
     return ran
 
@@ -166,10 +172,10 @@ def check_wgrad(layout, m, dtype, bt, panel, splits, *, bias=True, holes=None, s
     if holes is not None:
         expected = expected * holes.to(DEVICE)
     assert dvalues.dtype == dtype
-    assert_within(dvalues, expected, magnitude, f"dvalues {tile} {splits}", BOUNDS[dtype])
+    assert_close(dvalues, expected, magnitude, f"dvalues {tile} {splits}")
     assert not dvalues[layout.nnz :].any()
     if bias:
-        assert_within(dbias, dy.double().sum(0), dy.double().abs().sum(0), "dbias", BOUNDS[dtype])
+        assert_close(dbias, dy.double().sum(0), dy.double().abs().sum(0), "dbias")
     else:
         assert dbias.shape == (0,)
 
@@ -293,7 +299,9 @@ def test_topology_update_in_place(forced):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # shrinking takes minutes
 def test_anything(data):
     block = (data.draw(st.sampled_from(EDGES)), data.draw(st.sampled_from(EDGES)))
     shape = (data.draw(st.integers(1, 170)), data.draw(st.integers(1, 170)))

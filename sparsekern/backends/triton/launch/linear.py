@@ -27,17 +27,30 @@ def forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid:
     Returns:
         y [M, O].
     """
-    return _product(x, values, index, bias, grid, tile, transposed=False)
+    y = torch.empty(x.shape[0], grid.weight_shape[0], dtype=x.dtype, device=x.device)
+    product(x, y, values, index, bias, grid, tile, transposed=False)
+    return y
 
 
 def dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid, tile: Tile) -> Tensor:
     """dx = dy w: dy [M, O] to dx [M, I]; the arguments of :func:`forward`."""
-    return _product(dy, values, index, None, grid, tile, transposed=True)
+    dx = torch.empty(dy.shape[0], grid.weight_shape[1], dtype=dy.dtype, device=dy.device)
+    product(dy, dx, values, index, None, grid, tile, transposed=True)
+    return dx
 
 
-def _product(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, tile: Tile, *, transposed: bool
-) -> Tensor:
+def product(
+    x: Tensor,
+    y: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    grid: BlockGrid,
+    tile: Tile,
+    *,
+    transposed: bool,
+) -> None:
+    """Writes y [M, N] from x [M, K] and the layout, or its transpose; ``grid`` may be that of a 1x1 convolution."""
     x, values, at = common.rows(x), values.contiguous(), common.offsets(grid, index)
     m, k = x.shape
     if transposed:
@@ -48,9 +61,8 @@ def _product(
         bn, edge = grid.block
         n, block_rows, panels, order = grid.weight_shape[0], grid.rows, grid.unions, at.row_order
         o_ptr, o_col, o_slot, o_union, o_entry = at.row_ptr, at.col, at.col, at.union_ptr, at.union
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
-        return y
+        return
     m_tiles = triton.cdiv(m, tile.bm)
     group = common.token_group(tile, k, x.element_size())
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **common.OPTIONS}
@@ -83,4 +95,3 @@ def _product(
             TRANSPOSED=transposed, HAS_BIAS=bias is not None, EVEN_K=k % edge == 0,
             PRECISION=common.precision(x), STAGES=tile.stages, **options,
         )  # fmt: skip
-    return y

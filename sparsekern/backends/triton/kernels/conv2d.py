@@ -1,0 +1,127 @@
+"""Implicit GEMM over channels_last images: forward and dgrad, one kernel over the layout or its transpose.
+
+Pixels lie on the M side of the tensor-core instruction, one block's channels on its N side; a stored block is a (tap,
+channel block) pair, and its operand tile is read straight from the image: no im2col. Names follow the forward pass:
+``x`` is the image that is read, ``y`` the one that is written; dgrad reads dy and writes dx.
+
+Output pixel ``i`` of phase ``f`` along one axis lies at ``i * OUT_STEP + f`` and tap ``t`` reads source pixel
+``i * mul + (offset + f + t * step) / OUT_STEP`` where that is a whole number inside the image:
+
+- forward: OUT_STEP = 1, one phase, mul = stride, offset = -padding, step = dilation;
+- dgrad: OUT_STEP = stride (so a strided convolution has stride^2 phases), mul = 1, offset = padding, step = -dilation.
+"""
+
+import triton
+import triton.language as tl
+
+from sparsekern.backends.triton.kernels.common import dot
+from sparsekern.backends.triton.kernels.linear import load_weights, slots_of, token_tile_and_row
+
+_PLAIN_INTS = [
+    "N", "H", "W", "YH", "YW", "XC", "YC", "rows", "cols", "group",
+    "mul_h", "mul_w", "offset_h", "offset_w", "step_h", "step_w", "o_ptr", "o_col", "o_slot", "o_order",
+]  # fmt: skip
+
+
+@triton.jit
+def shift_of(col, cols, S: tl.constexpr, offset_h, offset_w, step_h, step_w, OUT_H: tl.constexpr, OUT_W: tl.constexpr):
+    """Entry ``col`` of a row as (source shift along h, along w, channel block, whether the phase has this tap)."""
+    tap = col // cols
+    shift_h = offset_h + tap // S * step_h
+    shift_w = offset_w + tap % S * step_w
+    has = (shift_h % OUT_H == 0) & (shift_w % OUT_W == 0)
+    return shift_h // OUT_H, shift_w // OUT_W, col % cols, has
+
+
+@triton.jit(do_not_specialize=_PLAIN_INTS)
+def conv2d_gather_kernel(
+    x, values, bias, y, index,
+    N, H, W, YH, YW, XC, YC,
+    x_stride_n, x_stride_h, x_stride_w, y_stride_n, y_stride_h, y_stride_w,
+    rows, cols, group, mul_h, mul_w, offset_h, offset_w, step_h, step_w,
+    o_ptr, o_col, o_slot, o_order,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, ALIGN: tl.constexpr,
+    S: tl.constexpr, GROUPS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [N, H, W, GROUPS * XC], y [N, YH, YW, GROUPS * YC]; ``rows``, ``cols``: block rows and columns of a group.
+
+    ALIGN: elements that every pixel and channel block starts at a multiple of.
+    """
+    PACK: tl.constexpr = BK // EDGE if BK > EDGE else 1
+    PARTS: tl.constexpr = EDGE // BK if EDGE > BK else 1
+    o_k = tl.arange(0, BK)
+    o_n = tl.arange(0, BN)
+    height = tl.cdiv(YH, OUT_H)
+    width = tl.cdiv(YW, OUT_W)
+    m_tiles = tl.cdiv(N * height * width, BM)
+    for tile in range(tl.program_id(0), m_tiles * (OUT_H * OUT_W) * rows * GROUPS, tl.num_programs(0)):
+        i_m, position = token_tile_and_row(tile, m_tiles * (OUT_H * OUT_W), rows * GROUPS, group)
+        i_row = tl.load(index + o_order + position)
+        start = tl.load(index + o_ptr + i_row)
+        end = tl.load(index + o_ptr + i_row + 1)
+        phase = i_m // m_tiles
+        phase_h = phase // OUT_W
+        phase_w = phase % OUT_W
+        o_m = i_m % m_tiles * BM + tl.arange(0, BM)
+        i_n = o_m // (height * width)
+        i_h = o_m // width % height
+        i_w = o_m % width
+        y_h = i_h * OUT_H + phase_h
+        y_w = i_w * OUT_W + phase_w
+        m_m = (i_n < N) & (y_h < YH) & (y_w < YW)
+        x_h = i_h * mul_h
+        x_w = i_w * mul_w
+        p_x = x + i_row // rows * XC + i_n.to(tl.int64) * x_stride_n + x_h.to(tl.int64) * x_stride_h + x_w * x_stride_w
+        from_h = offset_h + phase_h
+        from_w = offset_w + phase_w
+        b_acc = tl.zeros((BM, BN), tl.float32)
+        if PACK > 1:
+            o_j = o_k // EDGE
+            o_in = o_k % EDGE
+            k_next = start + o_j
+            b_col = tl.load(index + o_col + k_next, mask=k_next < end, other=0)
+            b_slot = slots_of(index, o_slot, k_next, k_next < end, TRANSPOSED)
+            for k in tl.range(start, end, PACK, num_stages=STAGES):
+                d_h, d_w, block, has = shift_of(b_col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
+                m_k = (k + o_j < end) & has
+                o_c = block * EDGE + o_in
+                if not EVEN_K:
+                    m_k = m_k & (o_c < XC)
+                o_x = tl.max_contiguous(tl.multiple_of(d_h * x_stride_h + d_w * x_stride_w + o_c, ALIGN), EDGE)
+                s_h = x_h[:, None] + d_h[None, :]
+                s_w = x_w[:, None] + d_w[None, :]
+                m_x = (s_h >= 0) & (s_h < H) & (s_w >= 0) & (s_w < W) & m_m[:, None] & m_k[None, :]
+                b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)
+                b_w = load_weights(values, b_slot, o_in, o_n, k + o_j < end, EDGE, BN, TRANSPOSED, True)
+                k_next = k + PACK + o_j
+                b_col = tl.load(index + o_col + k_next, mask=k_next < end, other=0)
+                b_slot = slots_of(index, o_slot, k_next, k_next < end, TRANSPOSED)
+                b_acc = dot(b_x, b_w, b_acc, PRECISION)
+        else:
+            col = tl.load(index + o_col + start, mask=start < end, other=0)
+            slot = slots_of(index, o_slot, start, start < end, TRANSPOSED)
+            for k in tl.range(start * PARTS, end * PARTS, num_stages=STAGES):
+                d_h, d_w, block, has = shift_of(col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
+                o_in = k % PARTS * BK + o_k
+                s_h = x_h + d_h
+                s_w = x_w + d_w
+                m_x = (m_m & (s_h >= 0) & (s_h < H) & (s_w >= 0) & (s_w < W) & has)[:, None]
+                o_c = block * EDGE + o_in
+                if not EVEN_K:
+                    m_x = m_x & (o_c < XC)[None, :]
+                o_x = tl.max_contiguous(tl.multiple_of(d_h * x_stride_h + d_w * x_stride_w + o_c, ALIGN), BK)
+                b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)
+                b_w = load_weights(values, slot, o_in, o_n, o_in < EDGE, EDGE, BN, TRANSPOSED, False)
+                k_next = (k + 1) // PARTS
+                col = tl.load(index + o_col + k_next, mask=k_next < end, other=0)
+                slot = slots_of(index, o_slot, k_next, k_next < end, TRANSPOSED)
+                b_acc = dot(b_x, b_w, b_acc, PRECISION)
+        o_c = i_row % rows * BN + o_n
+        m_c = o_c < YC
+        o_c += i_row // rows * YC
+        if HAS_BIAS:
+            b_acc += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        p_y = y + i_n.to(tl.int64) * y_stride_n + y_h.to(tl.int64) * y_stride_h + y_w * y_stride_w
+        tl.store(p_y[:, None] + o_c[None, :], b_acc.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
