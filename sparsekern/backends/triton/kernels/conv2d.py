@@ -23,14 +23,23 @@ _PLAIN_INTS = [
 ]  # fmt: skip
 
 
+# A tap that the phase does not have reads this far above every image.
+_NOWHERE = tl.constexpr(-(1 << 20))
+
+
 @triton.jit
-def shift_of(col, cols, S: tl.constexpr, offset_h, offset_w, step_h, step_w, OUT_H: tl.constexpr, OUT_W: tl.constexpr):
-    """Entry ``col`` of a row as (source shift along h, along w, channel block, whether the phase has this tap)."""
+def shift_of(
+    col, cols, S: tl.constexpr, offset_h, offset_w, step_h, step_w, OUT_H: tl.constexpr, OUT_W: tl.constexpr
+):
+    """Entry ``col`` of a row as (source shift along h, along w, channel block)."""
     tap = col // cols
     shift_h = offset_h + tap // S * step_h
     shift_w = offset_w + tap % S * step_w
-    has = (shift_h % OUT_H == 0) & (shift_w % OUT_W == 0)
-    return shift_h // OUT_H, shift_w // OUT_W, col % cols, has
+    if OUT_H * OUT_W > 1:
+        has = (shift_h % OUT_H == 0) & (shift_w % OUT_W == 0)
+        shift_h = tl.where(has, shift_h // OUT_H, _NOWHERE)
+        shift_w = shift_w // OUT_W
+    return shift_h, shift_w, col % cols
 
 
 @triton.jit(do_not_specialize=_PLAIN_INTS)
@@ -84,8 +93,8 @@ def conv2d_gather_kernel(
             b_col = tl.load(index + o_col + k_next, mask=k_next < end, other=0)
             b_slot = slots_of(index, o_slot, k_next, k_next < end, TRANSPOSED)
             for k in tl.range(start, end, PACK, num_stages=STAGES):
-                d_h, d_w, block, has = shift_of(b_col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
-                m_k = (k + o_j < end) & has
+                d_h, d_w, block = shift_of(b_col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
+                m_k = k + o_j < end
                 o_c = block * EDGE + o_in
                 if not EVEN_K:
                     m_k = m_k & (o_c < XC)
@@ -103,11 +112,11 @@ def conv2d_gather_kernel(
             col = tl.load(index + o_col + start, mask=start < end, other=0)
             slot = slots_of(index, o_slot, start, start < end, TRANSPOSED)
             for k in tl.range(start * PARTS, end * PARTS, num_stages=STAGES):
-                d_h, d_w, block, has = shift_of(col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
+                d_h, d_w, block = shift_of(col, cols, S, from_h, from_w, step_h, step_w, OUT_H, OUT_W)
                 o_in = k % PARTS * BK + o_k
                 s_h = x_h + d_h
                 s_w = x_w + d_w
-                m_x = (m_m & (s_h >= 0) & (s_h < H) & (s_w >= 0) & (s_w < W) & has)[:, None]
+                m_x = (m_m & (s_h >= 0) & (s_h < H) & (s_w >= 0) & (s_w < W))[:, None]
                 o_c = block * EDGE + o_in
                 if not EVEN_K:
                     m_x = m_x & (o_c < XC)[None, :]

@@ -1,0 +1,176 @@
+"""Triton convolution kernels against dense float64: on a GPU where there is one, else through Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import sparsekern as sk
+from sparsekern import element_mask as bits
+from sparsekern.backends import ConvGeometry
+from sparsekern.layout import BlockGrid, BlockLayout
+from sparsekern.ops import _padding4, _pair
+
+from .support import conv2d_reference, random_layout
+
+pytest.importorskip("triton")
+
+from sparsekern.backends.triton.launch import conv2d, conv2d_wgrad
+from sparsekern.backends.triton.problem import Tile
+
+from .test_triton_linear import BLOCKS, DEVICE, DTYPES, EDGES, assert_close, name, pytestmark  # noqa: F401
+
+
+def layout_of(shape, block, density, groups=1, **how):
+    layout = random_layout(BlockGrid(shape, block, groups), density, **how)
+    return BlockLayout(layout.grid, layout.index.to(DEVICE))
+
+
+def check(
+    layout, n, h, w, dtype=torch.float32, *, stride=1, padding=0, dilation=1, bias=True, ctas=0,
+    bm=32, bk=32, panel=2, splits=1, holes=None, seed=0,
+):  # fmt: skip
+    """Forward, dgrad and wgrad of one layer with given tiles."""
+    grid = layout.grid
+    out, groups = grid.weight_shape[0], grid.groups
+    steps, spread = _pair(stride, "stride"), _pair(dilation, "dilation")
+    geometry = ConvGeometry(steps, _padding4(padding, grid.kernel_size, steps, spread), spread)
+    p, q = geometry.output_size(h, w, grid.kernel_size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    def image(*shape):
+        return randn(*shape).contiguous(memory_format=torch.channels_last)
+
+    x, dy = image(n, grid.weight_shape[1] * groups, h, w), image(n, out, p, q)
+    values, b = layout.from_dense(randn(*grid.weight_shape)), randn(out) if bias else None
+    gather = Tile("gather", bm, bk, 1, 4, 3, ctas)
+    y = conv2d.forward(x, values, layout.index, b, grid, geometry, gather)
+    dx = conv2d.dgrad(dy, values, layout.index, tuple(x.shape), grid, geometry, gather)
+    mask = None if holes is None else bits.pack(holes).to(DEVICE)
+    dvalues, dbias = conv2d_wgrad.wgrad(
+        dy, x, layout.index, mask, bias, grid, geometry, Tile("panel", 16, 0, panel, 4, 3), splits
+    )
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    wide = [None if t is None else t.double().contiguous() for t in (x, layout.to_dense(values), b, dy)]
+    expected = conv2d_reference(*wide, **options)
+    magnitude = conv2d_reference(*[None if t is None else t.abs() for t in wide], **options)
+    assert_close(y, expected["y"], magnitude["y"], "y")
+    assert_close(dx, expected["dx"], magnitude["dx"], "dx")
+    keep = torch.ones_like(dvalues) if holes is None else holes.to(DEVICE)
+    assert_close(dvalues, layout.from_dense(expected["dw"]) * keep, layout.from_dense(magnitude["dw"]), "dvalues")
+    assert not dvalues[layout.nnz :].any()
+    if bias:
+        assert_close(dbias, expected["dbias"], magnitude["dbias"], "dbias")
+
+
+# Even kernels with padding="same": the dense reference warns about its own copy.
+warns_of_copy = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_blocks(block, dtype):
+    """Ragged channels on both sides; several blocks in one stage, one, or a part of one."""
+    layout = layout_of((40, 72, 3, 3), block, 0.3, seed=1, spare=2)
+    for bk in (16, 64):
+        check(layout, 2, 5, 6, dtype, padding=1, bk=bk, panel=max(32 // block[1], 1))
+
+
+CASES = [
+    # weight, groups, h, w, stride, padding, dilation
+    ((24, 16, 1, 1), 1, 7, 9, 1, 0, 1),
+    ((24, 16, 1, 1), 1, 7, 9, 1, 1, 1),
+    ((24, 16, 1, 1), 1, 8, 9, 2, 0, 1),
+    ((16, 16, 3, 3), 1, 8, 8, 1, 1, 1),
+    ((16, 16, 3, 3), 1, 9, 8, 2, 1, 1),
+    ((16, 16, 3, 3), 1, 7, 14, (2, 1), (1, 0), 1),
+    ((16, 8, 5, 5), 1, 7, 9, 1, 2, 1),
+    ((16, 8, 5, 3), 1, 11, 13, 3, (2, 1), 1),
+    ((16, 8, 3, 3), 1, 8, 8, 1, 2, 2),
+    ((16, 8, 3, 3), 1, 13, 10, 2, (4, 3), (3, 2)),
+    ((16, 8, 1, 7), 1, 4, 12, 1, (0, 3), 1),
+    ((16, 8, 2, 2), 1, 9, 9, 2, 0, 1),
+    ((16, 8, 3, 3), 1, 3, 3, 1, 0, 1),
+    ((16, 8, 3, 3), 1, 1, 1, 1, 1, 1),
+    ((16, 8, 3, 3), 1, 4, 4, 1, 5, 1),
+    ((16, 8, 3, 3), 1, 5, 5, 4, 1, 1),
+    ((96, 24, 3, 3), 3, 5, 6, 1, 1, 1),
+    ((80, 20, 3, 3), 2, 5, 5, 2, 1, 1),
+    ((64, 32, 1, 1), 2, 5, 5, 1, 0, 1),
+    ((16, 8, 3, 3), 1, 9, 10, 1, "same", 2),
+    ((16, 8, 2, 4), 1, 6, 7, 1, "same", 1),
+    ((16, 8, 3, 3), 1, 6, 7, 2, "valid", 1),
+]
+
+
+@warns_of_copy
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(part).replace(" ", "") for part in c))
+@pytest.mark.parametrize("bk", [16, 32])
+def test_geometry(case, bk):
+    weight, groups, h, w, stride, padding, dilation = case
+    layout = layout_of(weight, (16, 16), 0.5, groups, seed=2, spare=1)
+    check(layout, 2, h, w, stride=stride, padding=padding, dilation=dilation, bk=bk)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_empty_rows_and_full(density, bias):
+    check(layout_of((48, 48, 3, 3), (16, 16), density, seed=4, spare=1), 1, 4, 5, padding=1, bias=bias)
+
+
+@pytest.mark.parametrize("ctas", [0, 1])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_many_programs(ctas, splits):
+    """Persistent grids, several pixel tiles per image and phase, chunks of images."""
+    layout = layout_of((48, 32, 3, 3), (16, 16), 0.4, seed=5)
+    check(layout, 3, 7, 6, stride=2, padding=1, ctas=ctas, splits=splits, bm=16, panel=4)
+
+
+def test_no_images():
+    check(layout_of((32, 32, 3, 3), (16, 16), 0.5), 0, 8, 8, padding=1)
+    check(layout_of((32, 32, 1, 1), (16, 16), 0.5), 0, 8, 8)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_element_mask(splits, kernel):
+    layout = layout_of((40, 24, kernel, kernel), (16, 16), 0.5, spare=1)
+    holes = torch.rand(layout.capacity, 16, 16, generator=torch.Generator().manual_seed(5)) < 0.5
+    check(layout, 2, 4, 5, padding=kernel // 2, splits=splits, holes=holes)
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+def test_anything(data):
+    groups = data.draw(st.integers(1, 2))
+    r, s = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    weight = (groups * data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), r, s)
+    block = (data.draw(st.sampled_from(EDGES[:3])), data.draw(st.sampled_from(EDGES[:3])))
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    stride, dilation = data.draw(pair), data.draw(pair)
+    padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    h = data.draw(st.integers(max(1, dilation[0] * (r - 1) + 1 - 2 * padding[0]), 10))
+    w = data.draw(st.integers(max(1, dilation[1] * (s - 1) + 1 - 2 * padding[1]), 10))
+    layout = layout_of(weight, block, data.draw(st.floats(0, 1)), groups, seed=data.draw(st.integers(0, 99)))
+    check(
+        layout,
+        data.draw(st.integers(0, 2)),
+        h,
+        w,
+        data.draw(st.sampled_from(DTYPES)),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        bias=data.draw(st.booleans()),
+        bk=data.draw(st.sampled_from([16, 32, 64])),
+        panel=data.draw(st.sampled_from([1, 2])),
+        splits=data.draw(st.integers(1, 3)),
+    )
