@@ -147,10 +147,10 @@ def test_compiles_for_gpus_that_are_not_here(tmp_path):
         assert 0 < row["predicted_efficiency"] <= 1
     assert (tmp_path / "table.md").read_text().count("\n| linear_forward |") == len(units)
     for kept in (tmp_path / "cache").iterdir():
-        kept.write_text(json.dumps({**json.loads(kept.read_text()), "spilled": 8}))
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "spilled": 80}))
     done = compiler(*arguments)
     assert done.returncode == 1
-    assert done.stdout.count("8 bytes of registers spilled") == len(units)
+    assert done.stdout.count("80 bytes of registers spilled") == len(units)
 
 
 def test_sample_has_every_variant_dtype_class_and_op():
@@ -205,7 +205,8 @@ def wrong(compiled, problem=PROBLEM, tile=GATHER, arch=90, kernel="linear_gather
     ("change", "message"),
     [
         ({"error": "CompilationError: at 7:4"}, "at 7:4"),
-        ({"spilled": 4}, "4 bytes of registers spilled"),
+        ({"spilled": 20}, "20 bytes of registers spilled"),
+        ({"spilled": 4, "registers": 255}, "4 bytes of registers spilled"),
         ({"serialized": True}, "wait for one another"),
         ({"shared": 232449}, "the limit is 232448"),
         ({"shared": 98304 + 4097}, "counted 102400"),
@@ -217,7 +218,7 @@ def wrong(compiled, problem=PROBLEM, tile=GATHER, arch=90, kernel="linear_gather
     ],
 )
 def test_each_check_fires(change, message):
-    assert wrong(GOOD) == ()
+    assert wrong(GOOD) == wrong(replace(GOOD, spilled=16)) == ()
     assert any(message in line for line in wrong(replace(GOOD, **change)))
 
 

@@ -26,6 +26,11 @@ CHIP = {80: "a100", 90: "h200", 100: "b200"}  # whose figures the predictions ta
 TOKENS, FEATURES, DENSITY = 8192, 4096, 0.1
 # Copies of 4 bytes that fetch indices of later stages; operands come by 16 bytes, or 8 where a thread has no more.
 INDEX_COPIES = 4
+# ptxas puts a few values aside well below the limit of registers: in the machine code of two such kernels one and two
+# were written once and read once per output tile, outside the reduction. Bytes stored and loaded; more, or any at the
+# limit, are a spill.
+PUT_ASIDE = 16
+MOST_REGISTERS = 255
 PER_SM = 32  # programs that one multiprocessor holds at most
 
 SAMPLE_BLOCKS = ((16, 16), (128, 128), (16, 128), (128, 16))
@@ -89,15 +94,15 @@ def small_copies(problem: Problem, tile: Tile, arch: int) -> bool:
 def problems(row: Row) -> tuple[str, ...]:
     """What is wrong with a compiled kernel; empty if nothing is.
 
-    It compiles, without spilled registers; it fits the chip's shared memory; and if it multiplies: by the expected
-    instruction, no wgmma waiting for another, operands copied asynchronously by 16 bytes (8 where a thread has no
-    more) or by descriptor, within the shared memory that the tile is counted with.
+    It compiles, without spilled registers (:data:`PUT_ASIDE`); it fits the chip's shared memory; and if it multiplies:
+    by the expected instruction, no wgmma waiting for another, operands copied asynchronously by 16 bytes (8 where a
+    thread has no more) or by descriptor, within the shared memory that the tile is counted with.
     """
     c, p, t = row.compiled, row.problem, row.tile
     if c.error:
         return (c.error,)
     found = []
-    if c.spilled:
+    if c.spilled > (PUT_ASIDE if c.registers < MOST_REGISTERS else 0):
         found.append(f"{c.spilled} bytes of registers spilled")
     if c.shared > chips.shared_limit(row.arch):
         found.append(f"shared memory: {c.shared} bytes, the limit is {chips.shared_limit(row.arch)}")

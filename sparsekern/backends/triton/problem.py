@@ -153,10 +153,12 @@ def buffers(problem: Problem, tile: Tile, arch: int | None = None) -> int:
     """Stages that lie in shared memory at a time; without ``arch`` an upper bound.
 
     As Triton 3.9 compiles the kernels: "union" reads its index inside the loop and spends every second stage on that;
-    ``mma.sync``, which takes operands through registers (sm_80, and fewer than 64 rows elsewhere), keeps one less.
+    ``mma.sync``, which takes operands through registers (sm_80, and fewer than 64 rows elsewhere), keeps one less, but
+    not where a stage is a single instruction deep.
     """
     count = (tile.stages + 1) // 2 if tile.variant == "union" else tile.stages
-    if arch is not None and problem.dtype != "float32" and not (warpgroups(arch) and rows(problem, tile) >= 64):
+    plain = arch is not None and problem.dtype != "float32" and not (warpgroups(arch) and rows(problem, tile) >= 64)
+    if plain and not (tile.variant == "union" and tile.bk * problem.itemsize == 32):
         count -= 1
     return max(count, 1)
 

@@ -46,7 +46,8 @@ EDGES = (16, 32, 64, 128)
 BLOCKS = tuple((bo, bi) for bo in EDGES for bi in EDGES)
 MOST_ACCUMULATORS = 128  # registers of one thread; more spill
 # Where operands pass through registers as well (mma.sync). With 128, kernels for sm_80 spilled: wgrad 96 bytes, forward
-# in tf32 40, with 4 warps 8; forward in 16 bits with 8 warps just fits.
+# in tf32 40, with 4 warps 8; forward in 16 bits with 8 warps just fits. On sm_100 the accumulators lie in memory of
+# their own, but in registers at the end, and with 128 "gather" and "union" spilled 32 to 1052 bytes.
 PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
 
@@ -145,12 +146,17 @@ def _scores(problem: Problem) -> Iterator[Tile]:
 def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
     """With as many stages as the architecture has shared memory for, two buffers at least, and warps enough for its
     registers."""
-    if not warpgroups(arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
+    if _cramped(tile, arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
         tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
     while buffers(problem, tile, arch) > 2 and shared_bytes(problem, tile, arch) > limit:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
+
+
+def _cramped(tile: Tile, arch: int) -> bool:
+    """Whether registers hold more than accumulators and addresses."""
+    return not warpgroups(arch) or (arch >= 100 and tile.variant in ("gather", "union"))
 
 
 def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
@@ -183,7 +189,8 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if (shared := shared_bytes(problem, tile, arch)) > limit:
         return f"shared memory: {shared} bytes, the limit is {limit}"
     registers = accumulator_registers(problem, tile)
-    roomy = warpgroups(arch) or (tile.variant != "panel" and problem.itemsize == 2)
+    sixteen = problem.itemsize == 2 and tile.variant != "panel"
+    roomy = not _cramped(tile, arch) or (sixteen and not warpgroups(arch))
     most = MOST_ACCUMULATORS if roomy else PLAIN_ACCUMULATORS
     if registers > most:
         return f"registers: {registers:.0f} accumulators per thread, the limit is {most}"
