@@ -142,8 +142,8 @@ def test_compiles_for_gpus_that_are_not_here(tmp_path):
         (100, "tma"): "tcgen05",
     }
     for row in table["kernels"]:
-        assert 0 < row["registers"] <= 255 and row["spilled"] == 0 and row["per_sm"] >= 1
-        assert row["boxes"] if row["tile"]["variant"] == "tma" else row["copies16"]
+        assert 0 < row["registers"] <= 255 and "spilled" not in row and row["per_sm"] >= 1
+        assert row["boxes" if row["tile"]["variant"] == "tma" else "copies16"] > 0
         assert 0 < row["predicted_efficiency"] <= 1
     assert (tmp_path / "table.md").read_text().count("\n| linear_forward |") == len(units)
     for kept in (tmp_path / "cache").iterdir():

@@ -214,31 +214,29 @@ def markdown(rows: Sequence[Row], triton_version: str) -> str:
 
 
 def as_json(rows: Sequence[Row], triton_version: str) -> dict[str, Any]:
-    """Everything in the rows, one object per kernel and tile."""
+    """Everything in the rows, one object per kernel and tile; what is 0 or empty is left out."""
     listed = []
     for row in rows:
-        p = row.problem
-        listed.append(
-            {
-                "op": p.op,
-                "dtype": p.dtype,
-                "block": list(p.block),
-                "tile": asdict(row.tile),
-                "arch": row.arch,
-                "kernel": row.kernel,
-                "multiplies": row.unit,
-                "per_sm": row.resident,
-                "predicted_efficiency": round(row.efficiency, 3),
-                "problems": list(problems(row)),
-                **asdict(row.compiled),
-            }
-        )
+        content = {
+            "op": row.problem.op,
+            "dtype": row.problem.dtype,
+            "block": list(row.problem.block),
+            "tile": asdict(row.tile),
+            "arch": row.arch,
+            "kernel": row.kernel,
+            "multiplies": row.unit,
+            "per_sm": row.resident,
+            "predicted_efficiency": round(row.efficiency, 3) if row.main else 0,
+            "problems": list(problems(row)),
+            **asdict(row.compiled),
+        }
+        listed.append({name: value for name, value in content.items() if value})
     return {"triton": triton_version, "kernels": listed}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """One kernel a line, so that two files compare."""
-    lines = ",\n".join(json.dumps(kernel, sort_keys=True) for kernel in content["kernels"])
+    lines = ",\n".join(json.dumps(kernel, separators=(",", ":")) for kernel in content["kernels"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"triton": {json.dumps(content["triton"])}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
 

@@ -18,7 +18,7 @@ from sparsekern.backends.triton.kernels.common import dot
 from sparsekern.backends.triton.kernels.linear import load_weights, slots_of, token_tile_and_row
 
 _PLAIN_INTS = [
-    "N", "H", "W", "YH", "YW", "XC", "YC", "rows", "cols", "group",
+    "N", "H", "W", "YH", "YW", "XC", "rows", "cols", "group",
     "mul_h", "mul_w", "offset_h", "offset_w", "step_h", "step_w", "o_ptr", "o_col", "o_slot", "o_order",
 ]  # fmt: skip
 
@@ -28,9 +28,7 @@ _NOWHERE = tl.constexpr(-(1 << 20))
 
 
 @triton.jit
-def shift_of(
-    col, cols, S: tl.constexpr, offset_h, offset_w, step_h, step_w, OUT_H: tl.constexpr, OUT_W: tl.constexpr
-):
+def shift_of(col, cols, S: tl.constexpr, offset_h, offset_w, step_h, step_w, OUT_H: tl.constexpr, OUT_W: tl.constexpr):
     """Entry ``col`` of a row as (source shift along h, along w, channel block)."""
     tap = col // cols
     shift_h = offset_h + tap // S * step_h
@@ -49,14 +47,14 @@ def conv2d_gather_kernel(
     x_stride_n, x_stride_h, x_stride_w, y_stride_n, y_stride_h, y_stride_w,
     rows, cols, group, mul_h, mul_w, offset_h, offset_w, step_h, step_w,
     o_ptr, o_col, o_slot, o_order,
-    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, ALIGN: tl.constexpr,
-    S: tl.constexpr, GROUPS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [N, H, W, GROUPS * XC], y [N, YH, YW, GROUPS * YC]; ``rows``, ``cols``: block rows and columns of a group.
 
-    ALIGN: elements that every pixel and channel block starts at a multiple of.
+    ALIGN, ALIGN_Y: elements that pixels and channel blocks of x and of y start at multiples of.
     """
     PACK: tl.constexpr = BK // EDGE if BK > EDGE else 1
     PARTS: tl.constexpr = EDGE // BK if EDGE > BK else 1
@@ -77,12 +75,11 @@ def conv2d_gather_kernel(
         i_n = o_m // (height * width)
         i_h = o_m // width % height
         i_w = o_m % width
-        y_h = i_h * OUT_H + phase_h
-        y_w = i_w * OUT_W + phase_w
-        m_m = (i_n < N) & (y_h < YH) & (y_w < YW)
+        m_m = (i_n < N) & (i_h * OUT_H + phase_h < YH) & (i_w * OUT_W + phase_w < YW)
         x_h = i_h * mul_h
         x_w = i_w * mul_w
-        p_x = x + i_row // rows * XC + i_n.to(tl.int64) * x_stride_n + x_h.to(tl.int64) * x_stride_h + x_w * x_stride_w
+        p_x = x + i_n.to(tl.int64) * x_stride_n + x_h.to(tl.int64) * x_stride_h + x_w * x_stride_w
+        first_channel = i_row // rows * XC if GROUPS > 1 else 0
         from_h = offset_h + phase_h
         from_w = offset_w + phase_w
         b_acc = tl.zeros((BM, BN), tl.float32)
@@ -98,7 +95,8 @@ def conv2d_gather_kernel(
                 o_c = block * EDGE + o_in
                 if not EVEN_K:
                     m_k = m_k & (o_c < XC)
-                o_x = tl.max_contiguous(tl.multiple_of(d_h * x_stride_h + d_w * x_stride_w + o_c, ALIGN), EDGE)
+                o_x = d_h * x_stride_h + d_w * x_stride_w + (first_channel + o_c)
+                o_x = tl.max_contiguous(tl.multiple_of(o_x, ALIGN), EDGE)
                 s_h = x_h[:, None] + d_h[None, :]
                 s_w = x_w[:, None] + d_w[None, :]
                 m_x = (s_h >= 0) & (s_h < H) & (s_w >= 0) & (s_w < W) & m_m[:, None] & m_k[None, :]
@@ -120,7 +118,8 @@ def conv2d_gather_kernel(
                 o_c = block * EDGE + o_in
                 if not EVEN_K:
                     m_x = m_x & (o_c < XC)[None, :]
-                o_x = tl.max_contiguous(tl.multiple_of(d_h * x_stride_h + d_w * x_stride_w + o_c, ALIGN), BK)
+                o_x = d_h * x_stride_h + d_w * x_stride_w + (first_channel + o_c)
+                o_x = tl.max_contiguous(tl.multiple_of(o_x, ALIGN), BK)
                 b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_x, other=0.0)
                 b_w = load_weights(values, slot, o_in, o_n, o_in < EDGE, EDGE, BN, TRANSPOSED, False)
                 k_next = (k + 1) // PARTS
@@ -129,8 +128,10 @@ def conv2d_gather_kernel(
                 b_acc = dot(b_x, b_w, b_acc, PRECISION)
         o_c = i_row % rows * BN + o_n
         m_c = o_c < YC
-        o_c += i_row // rows * YC
+        if GROUPS > 1:  # the sum's alignment is lost on the compiler, and narrow stores would cost a register per row
+            o_c = tl.max_contiguous(tl.multiple_of(o_c + i_row // rows * YC, ALIGN_Y), BN)
         if HAS_BIAS:
             b_acc += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        p_y = y + i_n.to(tl.int64) * y_stride_n + y_h.to(tl.int64) * y_stride_h + y_w * y_stride_w
+        p_y = y + i_n.to(tl.int64) * y_stride_n + (i_h * OUT_H + phase_h).to(tl.int64) * y_stride_h
+        p_y += (i_w * OUT_W + phase_w) * y_stride_w
         tl.store(p_y[:, None] + o_c[None, :], b_acc.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])

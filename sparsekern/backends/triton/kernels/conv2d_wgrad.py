@@ -38,7 +38,7 @@ def accumulate_pixels(
 
 @triton.jit(
     do_not_specialize=[
-        "N", "H", "W", "P", "Q", "XC", "YC", "rows", "cols", "capacity", "chunk",
+        "N", "H", "W", "P", "Q", "XC", "rows", "cols", "capacity", "chunk",
         "stride_h", "stride_w", "top", "left", "dilation_h", "dilation_w", "o_ptr", "o_col",
     ]
 )  # fmt: skip
@@ -47,7 +47,7 @@ def conv2d_wgrad_kernel(
     N, H, W, P, Q, XC, YC, x_stride_n, x_stride_h, x_stride_w, dy_stride,
     rows, cols, capacity, chunk, stride_h, stride_w, top, left, dilation_h, dilation_w, o_ptr, o_col,
     ROWS: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, PANEL: tl.constexpr,
-    ALIGN: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     EVEN_O: tl.constexpr, EVEN_I: tl.constexpr, WITH_BIAS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -70,11 +70,12 @@ def conv2d_wgrad_kernel(
         if not EVEN_I:
             m_x = m_x & (o_c < XC)
         i_group = i_row // rows
-        o_x = d_h * x_stride_h + d_w * x_stride_w + i_group * XC + o_c
+        o_x = d_h * x_stride_h + d_w * x_stride_w + (i_group * XC + o_c)
         o_x = tl.max_contiguous(tl.multiple_of(o_x, ALIGN), BI)
         o_dy = i_row % rows * BO + tl.arange(0, BO)
         m_dy = o_dy < YC
-        o_dy += i_group * YC
+        if GROUPS > 1:
+            o_dy = tl.max_contiguous(tl.multiple_of(o_dy + i_group * YC, ALIGN_Y), BO)
         t = i_chunk * chunk
         last = tl.minimum(t + chunk, N * P * Q)
         if WITH_BIAS and place == 0:
