@@ -26,10 +26,10 @@ CHIP = {80: "a100", 90: "h200", 100: "b200"}  # whose figures the predictions ta
 TOKENS, FEATURES, DENSITY = 8192, 4096, 0.1
 # Copies of 4 bytes that fetch indices of later stages; operands come by 16 bytes, or 8 where a thread has no more.
 INDEX_COPIES = 4
-# ptxas puts a few values aside well below the limit of registers: in the machine code of two such kernels one and two
-# were written once and read once per output tile, outside the reduction. Bytes stored and loaded; more, or any at the
-# limit, are a spill.
-PUT_ASIDE = 16
+# ptxas puts a few values aside well below the limit of registers. In the machine code of three such kernels one or two
+# were written once and read once per output tile or, in an fp32 wgrad, per stage of a thousand multiply-adds. Bytes
+# stored and loaded; more than this, or any at the limit of registers, is a spill.
+PUT_ASIDE = 24
 MOST_REGISTERS = 255
 PER_SM = 32  # programs that one multiprocessor holds at most
 
