@@ -48,9 +48,9 @@ def conv2d_gather_kernel(
     rows, cols, group, mul_h, mul_w, offset_h, offset_w, step_h, step_w,
     o_ptr, o_col, o_slot, o_order,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
-    ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_Y: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [N, H, W, GROUPS * XC], y [N, YH, YW, GROUPS * YC]; ``rows``, ``cols``: block rows and columns of a group.
 
