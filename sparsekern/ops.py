@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekern.backends import ConvGeometry, is_channels_last, select
+from sparsekern.backends import ConvGeometry, choice, get, is_channels_last, select
 from sparsekern.flops import register_when_asked
 from sparsekern.layout import BlockGrid, BlockLayout
 
@@ -466,6 +467,26 @@ def _padding4(
     return ph, ph, pw, pw
 
 
+@torch.compiler.assume_constant_result
+def _wants_channels_last(device: str, dtype: torch.dtype, block: tuple[int, int]) -> bool:
+    """Whether the backend has kernels for channels_last alone; says once what that costs."""
+    kernel = choice("conv2d", device, dtype, block)
+    wants = bool(getattr(get(kernel), "WANTS_CHANNELS_LAST", False))
+    if wants:
+        _warn_of_conversion(kernel)
+    return wants
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_conversion(kernel: str) -> None:
+    warnings.warn(
+        f"sparse_conv2d: the {kernel} kernels compute in channels_last memory, got a contiguous NCHW image; it is "
+        "converted here, and its gradient back. To avoid both copies: "
+        "model.to(memory_format=torch.channels_last) and x.to(memory_format=torch.channels_last)",
+        stacklevel=2,
+    )
+
+
 def sparse_conv2d(
     x: Tensor,
     values: Tensor,
@@ -522,6 +543,10 @@ def sparse_conv2d(
         )
     x, values, bias, off = _autocast(x, values, bias)
     _check("sparse_conv2d", x, values, layout, bias)
+    if not x.is_contiguous(memory_format=torch.channels_last) and _wants_channels_last(
+        x.device.type, x.dtype, grid.block
+    ):
+        x = x.contiguous(memory_format=torch.channels_last)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
     call = torch.ops.sparsekern.conv2d if _traced(x, values) else _Conv2d.apply

@@ -17,7 +17,7 @@ from .support import conv2d_reference, random_layout
 
 pytest.importorskip("triton")
 
-from sparsekern.backends.triton.launch import conv2d, conv2d_wgrad
+from sparsekern.backends.triton.launch import block_scores, conv2d, conv2d_wgrad
 from sparsekern.backends.triton.problem import Tile
 
 from .test_triton_linear import BLOCKS, DEVICE, DTYPES, EDGES, assert_close, name, pytestmark  # noqa: F401
@@ -145,6 +145,20 @@ def test_element_mask(splits, kernel):
     layout = layout_of((40, 24, kernel, kernel), (16, 16), 0.5, spare=1)
     holes = torch.rand(layout.capacity, 16, 16, generator=torch.Generator().manual_seed(5)) < 0.5
     check(layout, 2, 4, 5, padding=kernel // 2, splits=splits, holes=holes)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)], ids=name)
+@pytest.mark.parametrize(("shape", "groups"), [((40, 24, 3, 3), 1), ((64, 20, 2, 3), 2), ((128, 128, 1, 1), 1)])
+def test_block_scores(block, shape, groups):
+    grid = BlockGrid(shape, block, groups)
+    geometry = ConvGeometry((2, 1), (1, 0, 2, 1), (1, 2))
+    p, q = geometry.output_size(6, 7, grid.kernel_size)
+    x, dy = torch.randn(2, shape[1] * groups, 6, 7, device=DEVICE), torch.randn(2, shape[0], p, q, device=DEVICE)
+    got = block_scores.conv2d_scores(dy, x, grid, geometry, Tile("scores", 16, 0, 128, 4, 3))
+    padded = torch.nn.functional.pad(x, (2, 1, 1, 0)).double()
+    dw = torch.nn.grad.conv2d_weight(padded, shape, dy.double(), (2, 1), 0, (1, 2), groups)
+    want = grid.to_blocks(dw).flatten(1).norm(dim=1).view(grid.shape)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @given(data=st.data())

@@ -47,7 +47,10 @@ class ConvGeometry:
 
 
 class Backend(Protocol):
-    """The functions of a backend module. ``grid`` and ``geometry`` are static, ``index`` is the packed layout."""
+    """The functions of a backend module. ``grid`` and ``geometry`` are static, ``index`` is the packed layout.
+
+    A module may set ``WANTS_CHANNELS_LAST``: images of any other memory format are then converted before the operator.
+    """
 
     def unsupported(self, desc: OpDesc) -> str | None:
         """Why this backend can't do ``desc``, or None."""

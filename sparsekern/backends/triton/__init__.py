@@ -14,6 +14,8 @@ from sparsekern.backends.triton.launch import common
 from sparsekern.backends.triton.problem import Problem, Tile, precision
 from sparsekern.layout import BlockGrid, capacity_of
 
+WANTS_CHANNELS_LAST = True
+
 
 def unsupported(desc: OpDesc) -> str | None:
     if (reason := common.missing()) is not None:

@@ -17,7 +17,15 @@ from typing import Any
 
 from sparsekern.backends.triton import chips, model, tiles
 from sparsekern.backends.triton.compiled import Compiled, compile_all, jobs_here, key
-from sparsekern.backends.triton.problem import SHARED_RESERVE, Problem, Tile, rows, shared_bytes, warpgroups
+from sparsekern.backends.triton.problem import (
+    SHARED_RESERVE,
+    Problem,
+    Tile,
+    rows,
+    shared_bytes,
+    stage_elements,
+    warpgroups,
+)
 from sparsekern.backends.triton.recorded import Call, calls
 
 ARCHS = (80, 90, 100)
@@ -26,6 +34,8 @@ CHIP = {80: "a100", 90: "h200", 100: "b200"}  # whose figures the predictions ta
 TOKENS, FEATURES, DENSITY = 8192, 4096, 0.1
 # Copies of 4 bytes that fetch indices of later stages; operands come by 16 bytes, or 8 where a thread has no more.
 INDEX_COPIES = 4
+# The dgrad of "union" fetches a slot per column as well: 8 a thread and turn of the loop with Triton 3.6.
+SLOT_COPIES = 16
 # ptxas puts a few values aside well below the limit of registers. In the machine code of three such kernels one or two
 # were written once and read once per output tile or, in an fp32 wgrad, per stage of a thousand multiply-adds. Bytes
 # stored and loaded; more than this, or any at the limit of registers, is a spill.
@@ -118,10 +128,13 @@ def problems(row: Row) -> tuple[str, ...]:
     if t.variant == "tma":
         if not c.boxes:
             found.append("no copies by descriptor")
-    elif not (c.copies16 or small_copies(p, t, row.arch)):
-        found.append("no copies of 16 bytes")
-    if c.copies4 > INDEX_COPIES and not small_copies(p, t, row.arch):
-        found.append(f"{c.copies4} copies of 4 bytes")
+    elif not small_copies(p, t, row.arch):
+        slots = SLOT_COPIES if (t.variant, p.op) == ("union", "linear_dgrad") else 0
+        if c.copies4 > INDEX_COPIES + slots:
+            found.append(f"{c.copies4} copies of 4 bytes")
+        stage = stage_elements(p, t) * p.itemsize // (32 * t.warps)
+        if 16 * c.copies16 + 8 * c.copies8 < stage:
+            found.append(f"copies of 16 and 8 bytes bring less than a stage, {stage} bytes per thread")
     return tuple(found)
 
 

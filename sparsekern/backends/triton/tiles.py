@@ -46,8 +46,8 @@ EDGES = (16, 32, 64, 128)
 BLOCKS = tuple((bo, bi) for bo in EDGES for bi in EDGES)
 MOST_ACCUMULATORS = 128  # registers of one thread; more spill
 # Where operands pass through registers as well (mma.sync). With 128, kernels for sm_80 spilled: wgrad 96 bytes, forward
-# in tf32 40, with 4 warps 8; forward in 16 bits with 8 warps just fits. On sm_100 the accumulators lie in memory of
-# their own, but in registers at the end, and with 128 "gather" and "union" spilled 32 to 1052 bytes.
+# in tf32 40, with 4 warps 8, dgrad in 16 bits with Triton 3.6 64; forward in 16 bits with 8 warps just fits. On sm_100
+# the accumulators lie in memory of their own, but in registers at the end: "gather" and "union" spilled 32 to 1052.
 PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
 
@@ -108,7 +108,8 @@ def _product(problem: Problem) -> Iterator[Tile]:
     so that one's epilogue hides behind the other; 32 are for few tokens."""
     n, k = problem.edges
     if problem.dtype == "float32":  # plain multiply-adds: operands pass through registers, so small stages
-        yield Tile("gather", 128, 16, 1, 8 if n >= 64 else 4, 3)
+        # Of 64 outputs, 16 deep spilled 32 bytes on sm_80 with Triton 3.6.
+        yield Tile("gather", 128, 32, 1, 8, 2) if n == 64 else Tile("gather", 128, 16, 1, 8 if n == 128 else 4, 3)
         yield Tile("gather", 64, 16, 1, 8 if n == 128 else 4, 3)
         return
     depth = 128 // problem.itemsize  # a row of a stage is 128 bytes
@@ -129,6 +130,8 @@ def _wgrad(problem: Problem) -> Iterator[Tile]:
     for width, stages in ((128, 2), (64, 2)) if plain else ((256, 4), (128, 3), (64, 4)):
         if width >= bi:
             bm = 64 if problem.itemsize == 2 else 32
+            if plain and width * bo == 128 * 128:
+                bm = 16  # 32 spilled 100 bytes on sm_80 with Triton 3.6
             warps = 8 if plain or (width + 64) * bo > 96 * 128 else 4  # the bias sum takes 64 x bo accumulators
             yield Tile("panel", bm, 0, width // bi, warps, stages)
 
@@ -192,7 +195,7 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if (shared := shared_bytes(problem, tile, arch)) > limit:
         return f"shared memory: {shared} bytes, the limit is {limit}"
     registers = accumulator_registers(problem, tile)
-    sixteen = problem.itemsize == 2 and tile.variant != "panel"
+    sixteen = problem.itemsize == 2 and tile.variant != "panel" and problem.op != "linear_dgrad"
     roomy = not _cramped(tile, arch) or (sixteen and not warpgroups(arch))
     most = MOST_ACCUMULATORS if roomy else PLAIN_ACCUMULATORS
     if registers > most:
