@@ -36,10 +36,10 @@ TOKENS, FEATURES, DENSITY = 8192, 4096, 0.1
 INDEX_COPIES = 4
 # The dgrad of "union" fetches a slot per column as well: 8 a thread and turn of the loop with Triton 3.6.
 SLOT_COPIES = 16
-# ptxas puts a few values aside well below the limit of registers. In the machine code of three such kernels one or two
+# ptxas puts a few values aside well below the limit of registers. In the machine code of four such kernels one to four
 # were written once and read once per output tile or, in an fp32 wgrad, per stage of a thousand multiply-adds. Bytes
 # stored and loaded; more than this, or any at the limit of registers, is a spill.
-PUT_ASIDE = 24
+PUT_ASIDE = 32
 MOST_REGISTERS = 255
 PER_SM = 32  # programs that one multiprocessor holds at most
 
