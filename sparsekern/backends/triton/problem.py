@@ -169,7 +169,10 @@ def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
     Without ``arch`` an upper bound.
     """
     box = tile.bm * problem.edges[0] if tile.variant == "tma" else 0
-    return (buffers(problem, tile, arch) * stage_elements(problem, tile) + box) * problem.itemsize
+    held = (buffers(problem, tile, arch) * stage_elements(problem, tile) + box) * problem.itemsize
+    # At the end plain fp32 accumulators of a weight gradient are turned into rows of blocks there.
+    turned = 4 * accumulators(problem, tile) if (tile.variant, problem.dtype) == ("panel", "float32") else 0
+    return max(held, turned)
 
 
 def accumulator_registers(problem: Problem, tile: Tile) -> float:
