@@ -7,7 +7,6 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import sparsekern as sk
 from sparsekern import element_mask as bits
 from sparsekern.backends import ConvGeometry
 from sparsekern.layout import BlockGrid, BlockLayout
@@ -30,7 +29,7 @@ def layout_of(shape, block, density, groups=1, **how):
 
 def check(
     layout, n, h, w, dtype=torch.float32, *, stride=1, padding=0, dilation=1, bias=True, ctas=0,
-    bm=32, bk=32, panel=2, splits=1, holes=None, seed=0,
+    variant="gather", bm=32, bk=32, panel=2, splits=1, holes=None, seed=0,
 ):  # fmt: skip
     """Forward, dgrad and wgrad of one layer with given tiles."""
     grid = layout.grid
@@ -48,9 +47,9 @@ def check(
 
     x, dy = image(n, grid.weight_shape[1] * groups, h, w), image(n, out, p, q)
     values, b = layout.from_dense(randn(*grid.weight_shape)), randn(out) if bias else None
-    gather = Tile("gather", bm, bk, 1, 4, 3, ctas)
-    y = conv2d.forward(x, values, layout.index, b, grid, geometry, gather)
-    dx = conv2d.dgrad(dy, values, layout.index, tuple(x.shape), grid, geometry, gather)
+    tiles = [Tile(variant, bm, min(edge, bk) if variant == "tma" else bk, 1, 4, 3, ctas) for edge in grid.block]
+    y = conv2d.forward(x, values, layout.index, b, grid, geometry, tiles[1])
+    dx = conv2d.dgrad(dy, values, layout.index, tuple(x.shape), grid, geometry, tiles[0])
     mask = None if holes is None else bits.pack(holes).to(DEVICE)
     dvalues, dbias = conv2d_wgrad.wgrad(
         dy, x, layout.index, mask, bias, grid, geometry, Tile("panel", 16, 0, panel, 4, 3), splits
@@ -145,6 +144,67 @@ def test_element_mask(splits, kernel):
     layout = layout_of((40, 24, kernel, kernel), (16, 16), 0.5, spare=1)
     holes = torch.rand(layout.capacity, 16, 16, generator=torch.Generator().manual_seed(5)) < 0.5
     check(layout, 2, 4, 5, padding=kernel // 2, splits=splits, holes=holes)
+
+
+@pytest.fixture
+def by_copy_engine(monkeypatch):
+    """Counts the launches that went through descriptors."""
+    launches = []
+    described = conv2d._described
+    monkeypatch.setattr(conv2d, "_described", lambda image, box: launches.append(box) or described(image, box))
+    return launches
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if min(b) >= 32], ids=name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_tma_blocks(block, dtype, by_copy_engine):
+    check(layout_of((40, 72, 3, 3), block, 0.4, seed=1, spare=1), 3, 5, 6, dtype, padding=1, variant="tma", bk=64)
+    assert len(by_copy_engine) == 4  # x and y, forward and dgrad
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "n", "h", "w", "padding", "dilation"),
+    [
+        ((32, 32, 1, 1), 1, 3, 4, 4, 1, 1),
+        ((32, 32, 3, 3), 1, 1, 1, 1, 1, 1),
+        ((32, 32, 5, 3), 1, 2, 7, 9, (2, 0), 1),
+        ((32, 40, 3, 3), 1, 2, 9, 8, 2, 2),
+        ((32, 40, 3, 3), 1, 33, 3, 3, 0, 1),
+        ((32, 32, 2, 2), 1, 2, 6, 6, 4, 1),
+        ((64, 32, 3, 3), 2, 2, 5, 5, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("ctas", [0, 1])
+def test_tma_geometry(weight, groups, n, h, w, padding, dilation, ctas, by_copy_engine):
+    """Boxes that hang over the image on every side, more images than a box holds, groups of whole blocks."""
+    layout = layout_of(weight, (32, 32), 0.6, groups, seed=3, spare=1)
+    check(layout, n, h, w, torch.float16, padding=padding, dilation=dilation, variant="tma", ctas=ctas)
+    assert len(by_copy_engine) == 4
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "stride"), [((32, 36, 3, 3), 1, 1), ((32, 32, 3, 3), 1, 2), ((48, 24, 3, 3), 2, 1)]
+)
+def test_tma_falls_back_where_the_copy_engine_cannot(weight, groups, stride, by_copy_engine):
+    """Channels that are no multiple of 16 bytes, strides, groups of partial blocks."""
+    layout = layout_of(weight, (32, 32), 0.6, groups, seed=3)
+    check(layout, 2, 6, 6, torch.float16, padding=1, stride=stride, variant="tma")
+    assert not by_copy_engine
+
+
+@pytest.mark.parametrize("pixels", [16, 128])
+@pytest.mark.parametrize("shape", [(128, 32, 32), (256, 14, 14), (256, 7, 7), (1, 1, 1), (3, 5, 9)], ids=str)
+def test_box_covers_with_the_least_waste(pixels, shape):
+    images, h, w = conv2d.box(*shape, pixels)
+    assert images * h * w == pixels
+
+    def computed(*of):
+        return torch.tensor([-(-size // side) * side for size, side in zip(shape, of, strict=True)]).prod().item()
+
+    sides = [2**i for i in range(8) if 2**i <= pixels]
+    assert computed(images, h, w) == min(
+        computed(a, b, pixels // a // b) for a in sides for b in sides if a * b <= pixels
+    )
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)], ids=name)

@@ -135,3 +135,57 @@ def conv2d_gather_kernel(
         p_y = y + i_n.to(tl.int64) * y_stride_n + (i_h * OUT_H + phase_h).to(tl.int64) * y_stride_h
         p_y += (i_w * OUT_W + phase_w) * y_stride_w
         tl.store(p_y[:, None] + o_c[None, :], b_acc.to(y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "YH", "YW", "YC", "rows", "cols", "group", "offset_h", "offset_w", "step_h", "step_w",
+        "XC", "o_ptr", "o_col", "o_slot", "o_order",
+    ]
+)  # fmt: skip
+def conv2d_tma_kernel(
+    x_desc, w_desc, y_desc, bias, index,
+    N, YH, YW, XC, YC, rows, cols, group, offset_h, offset_w, step_h, step_w,
+    o_ptr, o_col, o_slot, o_order,
+    IMAGES: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+    S: tl.constexpr, GROUPS: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Stride 1: a tile is a box of IMAGES x BH x BW pixels, read at each tap's shift by one copy.
+
+    The copy engine fills pixels outside the image with zeros and clips the output, so padding needs no masks.
+    """
+    PARTS: tl.constexpr = EDGE // BK
+    n_h = tl.cdiv(YH, BH)
+    n_w = tl.cdiv(YW, BW)
+    m_tiles = tl.cdiv(N, IMAGES) * n_h * n_w
+    for tile in range(tl.program_id(0), m_tiles * rows * GROUPS, tl.num_programs(0)):
+        i_m, position = token_tile_and_row(tile, m_tiles, rows * GROUPS, group)
+        i_row = tl.load(index + o_order + position)
+        start = tl.load(index + o_ptr + i_row)
+        end = tl.load(index + o_ptr + i_row + 1)
+        i_n = i_m // (n_h * n_w) * IMAGES
+        i_h = i_m // n_w % n_h * BH
+        i_w = i_m % n_w * BW
+        first_channel = i_row // rows * XC
+        b_acc = tl.zeros((IMAGES * BH * BW, BN), tl.float32)
+        col = tl.load(index + o_col + start, mask=start < end, other=0)
+        slot = slots_of(index, o_slot, start, start < end, TRANSPOSED)
+        for k in tl.range(start * PARTS, end * PARTS, num_stages=STAGES):
+            part = k % PARTS * BK
+            d_h, d_w, block = shift_of(col, cols, S, offset_h, offset_w, step_h, step_w, 1, 1)
+            b_x = x_desc.load([i_n, i_h + d_h, i_w + d_w, first_channel + block * EDGE + part])
+            b_x = b_x.reshape(IMAGES * BH * BW, BK)
+            if TRANSPOSED:
+                b_w = w_desc.load([slot * EDGE + part, 0])
+            else:
+                b_w = w_desc.load([slot * BN, part]).T
+            k_next = (k + 1) // PARTS
+            col = tl.load(index + o_col + k_next, mask=k_next < end, other=0)
+            slot = slots_of(index, o_slot, k_next, k_next < end, TRANSPOSED)
+            b_acc = dot(b_x, b_w, b_acc, "ieee")
+        o_c = i_row % rows * BN + tl.arange(0, BN)
+        if HAS_BIAS:
+            p_bias = bias + i_row // rows * YC + o_c
+            b_acc += tl.load(p_bias, mask=o_c < YC, other=0.0).to(tl.float32)[None, :]
+        b_y = b_acc.to(y_desc.dtype).reshape(IMAGES, BH, BW, BN)
+        y_desc.store([i_n, i_h, i_w, i_row // rows * YC + i_row % rows * BN], b_y)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparsekern.backends import ConvGeometry
 from sparsekern.backends.triton.kernels import conv2d as kernels
 from sparsekern.backends.triton.launch import common, linear
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.problem import Tile, is_linear
 from sparsekern.layout import BlockGrid
 
 
@@ -20,15 +22,48 @@ def as_rows(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
-def is_linear(grid: BlockGrid, geometry: ConvGeometry) -> bool:
-    """Whether the convolution is a linear layer over its pixels."""
-    pointwise = grid.kernel_size == (1, 1) and grid.groups == 1
-    return pointwise and geometry.stride == (1, 1) and geometry.padding == (0, 0, 0, 0)
-
-
 def alignment(*sizes: int, most: int) -> int:
     """The largest power of two, up to ``most``, that divides all sizes."""
     return math.gcd(*sizes, most)
+
+
+@functools.lru_cache(maxsize=4096)
+def box(n: int, height: int, width: int, pixels: int) -> tuple[int, int, int]:
+    """Images x rows x columns of a tile of ``pixels`` (a power of two) that covers the output with the least waste.
+
+    Among equals the larger patch of one image: neighbouring taps then find most of their pixels in L2.
+    """
+    sides = [1 << i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
+
+    def computed(of: tuple[int, int, int]) -> int:
+        return math.prod(-(-size // side) * side for size, side in zip((n, height, width), of, strict=True))
+
+    return min(boxes, key=lambda of: (computed(of), of[0], abs(of[1] - of[2]), of))
+
+
+def _describable(
+    x: Tensor, y: Tensor, values: Tensor, grid: BlockGrid, geometry: ConvGeometry, tile: Tile, transposed: bool
+) -> bool:
+    """Whether the copy engine can do it: stride 1, whole blocks in every group, sizes in multiples of 16 bytes."""
+    edge, bn = grid.block if transposed else grid.block[::-1]
+    whole = grid.groups == 1 or (x.shape[1] // grid.groups % edge == 0 and y.shape[1] // grid.groups % bn == 0)
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in (x, y))
+    return (
+        geometry.stride == (1, 1)
+        and whole
+        and aligned
+        and values.shape[0] > 0
+        and values.data_ptr() % 16 == 0
+        and edge % tile.bk == 0
+        and math.prod(box(y.shape[0], y.shape[2], y.shape[3], tile.bm)) == tile.bm
+    )
+
+
+def _described(image: Tensor, box: list[int]) -> TensorDescriptor:
+    """[N, C, H, W] in channels_last memory as [N, H, W, C]; PyTorch leaves strides of size-1 dimensions open."""
+    n, c, h, w = image.shape
+    return TensorDescriptor(image, [n, h, w, c], [h * w * c, w * c, c, 1], box)
 
 
 def forward(
@@ -94,6 +129,7 @@ def _product(
     if y.numel() == 0:
         return
     values, at = values.contiguous(), common.offsets(grid, index)
+    by_copy_engine = tile.variant == "tma" and _describable(x, y, values, grid, geometry, tile, transposed)
     groups, block_rows, _, block_cols = grid.shape
     (n, xc, h, w), (_, yc, yh, yw) = x.shape, y.shape
     top, _, left, _ = geometry.padding
@@ -110,6 +146,22 @@ def _product(
     pixels = n * triton.cdiv(yh, out_step[0]) * triton.cdiv(yw, out_step[1])
     work = triton.cdiv(pixels, tile.bm) * math.prod(out_step) * block_rows * groups
     x_group = xc // groups
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **common.OPTIONS}
+    if by_copy_engine:
+        images, bh, bw = box(n, yh, yw, tile.bm)
+        m_tiles = triton.cdiv(n, images) * triton.cdiv(yh, bh) * triton.cdiv(yw, bw)
+        kernels.conv2d_tma_kernel[common.programs(tile, m_tiles * block_rows * groups, x.device)](
+            _described(x, [images, bh, bw, tile.bk]),
+            TensorDescriptor.from_tensor(
+                values.view(-1, values.shape[2]), [tile.bk, bn] if transposed else [bn, tile.bk]
+            ),
+            _described(y, [images, bh, bw, bn]),
+            bias, index, n, yh, yw, x_group, yc // groups, block_rows, block_cols,
+            common.token_group(tile, xc, x.element_size()), *offset, *step, o_ptr, o_col, o_slot, order,
+            IMAGES=images, BH=bh, BW=bw, BK=tile.bk, BN=bn, EDGE=edge, S=grid.kernel_size[1], GROUPS=groups,
+            TRANSPOSED=transposed, HAS_BIAS=bias is not None, STAGES=tile.stages, **options,
+        )  # fmt: skip
+        return
     kernels.conv2d_gather_kernel[common.programs(tile, work, x.device)](
         x, values, bias, y, index,
         n, h, w, yh, yw, x_group, yc // groups,
@@ -121,5 +173,5 @@ def _product(
         S=grid.kernel_size[1], GROUPS=groups,
         OUT_H=out_step[0], OUT_W=out_step[1], TRANSPOSED=transposed, HAS_BIAS=bias is not None,
         EVEN_K=x_group % edge == 0, PRECISION=common.precision(x), STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages, **common.OPTIONS,
+        **options,
     )  # fmt: skip
