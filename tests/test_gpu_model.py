@@ -173,7 +173,7 @@ def test_every_problem_has_tiles_that_fit(arch):
         assert accumulator_registers(p, tile) <= 128
         assert buffers(p, tile, arch) >= 2
         assert tile.variant != "tma" or arch >= 90
-    assert len(seen) == 4 * 4 * 16
+    assert len(seen) == 8 * 4 * 16
     assert all(1 <= len(listed) <= 6 and len(set(listed)) == len(listed) for listed in seen.values())
     assert any(t.variant == "union" for t in seen["linear_forward", "bfloat16", (16, 16)])
     assert any(t.variant == "union" for t in seen["linear_dgrad", "float16", (16, 32)])
@@ -217,7 +217,7 @@ def test_unfit_tiles_say_why(change, reason):
 
 
 def test_no_tiles_outside_the_kernels_blocks():
-    for p in (problem(block=8), problem(dtype="float64"), problem("conv2d_forward")):
+    for p in (problem(block=8), problem(dtype="float64"), problem("conv3d_forward")):
         assert tiles.candidates(p, 90) == ()
     eight = problem(block=8)
     assert tiles.choose(eight, H200).tile is None

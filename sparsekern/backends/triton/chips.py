@@ -31,6 +31,7 @@ NUMBERS = (
     "launch",
     "program_latency",
     "stage_latency",
+    "conv_share",
 )
 BY_DTYPE = ("dense_flops", "kernel_rate")
 VERSION = 1
@@ -54,6 +55,7 @@ class Chip:
         launch: of one kernel, with the queue kept full.
         program_latency: prologue and epilogue of one program that nothing hides.
         stage_latency: from asking for a stage to having it.
+        conv_share: share of ``dense_flops`` that cuDNN sustains in dense convolutions.
         dense_flops: what cuBLAS sustains, by dtype.
         kernel_rate: share of ``dense_flops`` that the sparse kernels reach with all operands at hand, by dtype.
         sources: (figure, "datasheet" | "measured" | "assumed").
@@ -74,6 +76,7 @@ class Chip:
     launch: float
     program_latency: float
     stage_latency: float
+    conv_share: float
     dense_flops: ByDtype
     kernel_rate: ByDtype
     sources: tuple[tuple[str, str], ...]

@@ -19,6 +19,18 @@ A tile of x that a random mask fetches serves only the outputs of the block rows
 
 Device memory sees every activation, value and result once: (M I + M O + nnz bo bi) s. That L2 may hold some of it from
 the operation before is left out.
+
+Convolutions are the same products over pixels: M output pixels, one block column per tap and block of channels, R and C
+over all groups. What differs:
+
+- each stored block loads its own shifted tile of the image from L2; that the taps of one block overlap, so that L1 or
+  one load could serve several, is not modelled, nor that tiles are cut off at the image's border. Device memory sees x,
+  or those of its pixels that some tap reads, and y once, whatever the number of taps.
+- dgrad of a convolution with strides writes each of its F = stride area phases by programs of their own, M' = N H W / F
+  pixels each. A phase walks all entries of a row and masks those whose tap it lacks; every tap belongs to one phase.
+  So L2 = ceil(M'/bm) nnz (bm k + F n k) s and FLOP = 2 F ceil(M'/bm) bm nnz' n k, F times those stored.
+- the dense op is cuDNN at ``Chip.conv_share`` of the rate of cuBLAS; groups cost it nothing here, so that a kernel is
+  not chosen too early. Other memory formats are converted by both.
 """
 
 from __future__ import annotations
@@ -81,20 +93,23 @@ class Roofline:
 def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
     """Formulas of the module; ``splits`` are the token chunks of wgrad. Without tokens or blocks it counts one."""
     if problem.m < 1 or problem.capacity < 1:
-        problem = replace(problem, m=max(problem.m, 1), capacity=max(problem.capacity, 1))
+        problem = replace(
+            problem, m=max(problem.m, 1), capacity=max(problem.capacity, 1), source=max(problem.source, 1)
+        )
     p, s, (bo, bi) = problem, problem.itemsize, problem.block
     nnz, area = p.capacity, bo * bi
-    hbm = (p.m * (p.in_features + p.out_features) + nnz * area) * s
+    hbm = _activations(p) + nnz * area * s
     if tile.variant == "scores":
         outputs = score_outputs(p.block)
-        programs = math.ceil(p.out_features / outputs) * math.ceil(p.in_features / tile.panel)
+        programs = math.ceil(p.out_features / p.groups / outputs) * math.ceil(p.in_features / p.groups / tile.panel)
+        programs *= p.taps * p.groups
         return Work(
             programs=programs,
             stages=math.ceil(p.m / tile.bm),
             flops=2.0 * p.m * programs * outputs * tile.panel,
             width=min(outputs, tile.panel),
             l2_bytes=float(p.m * programs * (outputs + tile.panel) * s),
-            hbm_bytes=p.m * (p.in_features + p.out_features) * s + math.prod(p.grid) * 4.0,
+            hbm_bytes=_activations(p) + p.blocks * 4.0,
         )
     if tile.variant == "panel":
         panels = _panels(p, tile.panel)
@@ -107,7 +122,7 @@ def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
             hbm_bytes=hbm,
             workspace=4.0 * splits * nnz * area if splits > 1 else 0.0,
         )
-    (n, k), (rows, columns), steps = p.edges, p.walked, math.ceil(p.m / tile.bm)
+    (n, k), (rows, columns), steps = p.edges, p.walked, math.ceil(p.outputs / p.phases / tile.bm)
     if tile.variant == "union":
         groups = math.ceil(rows / tile.panel)
         union = 1.0 - (1.0 - p.density) ** tile.panel
@@ -122,21 +137,27 @@ def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
     packed = max(tile.bk // k, 1)
     filled = nnz if packed == 1 else nnz + rows * (packed - 1) / 2
     return Work(
-        programs=rows * steps,
+        programs=rows * steps * p.phases,
         stages=filled / rows * k / tile.bk,
-        flops=2.0 * steps * tile.bm * filled * area,
+        flops=2.0 * steps * p.phases * tile.bm * filled * area,
         width=n,
-        l2_bytes=float(steps * nnz * (tile.bm + n) * k * s),
+        l2_bytes=float(steps * nnz * (tile.bm + p.phases * n) * k * s),
         hbm_bytes=hbm,
     )
 
 
+def _activations(problem: Problem) -> int:
+    """Bytes of x (dx) and y (dy)."""
+    p = problem
+    return (p.image * p.in_features + p.m * p.out_features) * p.itemsize
+
+
 def _panels(problem: Problem, panel: int) -> float:
     """Expected panels of all block rows; exact where every block is stored."""
-    ob, ib = problem.grid
-    if problem.capacity >= ob * ib:
-        return float(ob * math.ceil(ib / panel))
-    return problem.capacity / panel + min(ob, problem.capacity) * (panel - 1) / (2 * panel)
+    (ob, ib), groups = problem.grid, problem.groups
+    if problem.capacity >= problem.blocks:
+        return float(groups * ob * math.ceil(ib / panel))
+    return problem.capacity / panel + min(groups * ob, problem.capacity) * (panel - 1) / (2 * panel)
 
 
 def narrow(width: int, dtype: str) -> float:
@@ -158,7 +179,7 @@ def roofline(problem: Problem, tile: Tile, chip: Chip) -> Roofline:
 def resident(problem: Problem, tile: Tile, chip: Chip) -> int:
     """Programs of this tile that one multiprocessor holds at a time, at least 1."""
     threads = 32 * tile.warps
-    registers = min(accumulator_registers(problem, tile) + OTHER_REGISTERS, 255) * threads
+    registers = min(accumulator_registers(problem, tile) + OTHER_REGISTERS[problem.kind], 255) * threads
     shared = shared_bytes(problem, tile, chip.arch) + 1024  # the driver's own per program
     fits = min(chip.shared_per_sm // shared, int(chip.registers // registers), chip.threads // threads)
     return max(min(fits, tile.ctas) if tile.ctas else fits, 1)
@@ -207,8 +228,7 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
 
 def ideal_seconds(problem: Problem, chip: Chip) -> float:
     """Stored multiply-adds at the rate of cuBLAS, or everything once through device memory."""
-    memory = (problem.m * (problem.in_features + problem.out_features)) * problem.itemsize / chip.hbm_bandwidth
-    return max(problem.stored_flops / chip.rate(problem.dtype), memory)
+    return max(problem.stored_flops / chip.rate(problem.dtype), _activations(problem) / chip.hbm_bandwidth)
 
 
 def efficiency(problem: Problem, tile: Tile, chip: Chip) -> float:
@@ -217,26 +237,24 @@ def efficiency(problem: Problem, tile: Tile, chip: Chip) -> float:
 
 
 def dense_seconds(problem: Problem, chip: Chip) -> float:
-    """The dense op on cuBLAS: launch plus the larger of 2 M O I / rate and (M I + M O + O I) s / bandwidth.
+    """The dense op on cuBLAS: launch plus the larger of 2 M O I / rate and (M I + M O + O I) s / bandwidth; on cuDNN
+    with its share of the rate.
 
     Waves are not rounded up, so small shapes look faster than they are and a kernel is not chosen too early.
     """
     p = problem
-    moved = (p.m * (p.in_features + p.out_features) + p.out_features * p.in_features) * p.itemsize
-    return chip.launch + max(p.dense_flops / chip.rate(p.dtype), moved / chip.hbm_bandwidth)
+    rate = chip.rate(p.dtype) * (chip.conv_share if p.kind == "conv2d" else 1.0)
+    return chip.launch + max(p.dense_flops / rate, (_activations(p) + p.weight * p.itemsize) / chip.hbm_bandwidth)
 
 
 def dense_fallback_seconds(problem: Problem, chip: Chip) -> float:
-    """The same result on cuBLAS: :func:`dense_seconds`, and the way from and to stored blocks.
+    """The same result on the dense op: :func:`dense_seconds`, and the way from and to stored blocks.
 
-    forward, dgrad: zeros and blocks are written into a dense weight, (O I + 2 nnz bo bi) s bytes and 2 launches.
-    wgrad: blocks of the dense gradient are gathered, 2 nnz bo bi s bytes and 1 launch. scores: the dense gradient is
-    read once and reduced, O I s bytes and 1 launch.
+    With K the elements of the dense weight. forward, dgrad: zeros and blocks are written into a dense weight,
+    (K + 2 nnz bo bi) s bytes and 2 launches. wgrad: blocks of the dense gradient are gathered, 2 nnz bo bi s bytes and
+    1 launch. scores: the dense gradient is read once and reduced, K s bytes and 1 launch.
     """
     p, s = problem, problem.itemsize
-    stored, full = p.capacity * math.prod(p.block) * s, p.out_features * p.in_features * s
-    moved, launches = {
-        "linear_wgrad": (2 * stored, 1),
-        "block_scores": (full, 1),
-    }.get(p.op, (full + 2 * stored, 2))
+    stored, full = p.capacity * math.prod(p.block) * s, p.weight * s
+    moved, launches = {"wgrad": (2 * stored, 1), "scores": (full, 1)}.get(p.step, (full + 2 * stored, 2))
     return dense_seconds(p, chip) + launches * chip.launch + moved / chip.hbm_bandwidth

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
+from sparsekern.backends import ConvGeometry
+from sparsekern.layout import BlockGrid
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
 UNION_WIDTH = 128  # outputs of one "union" program
 SCORE_OUTPUTS = 128  # outputs of one "scores" program
 SHARED_RESERVE = 4096  # bytes a kernel may need besides its stages (barriers, pipelined indices); assumed
-# Registers of a thread besides its accumulators (addresses, operands, indices); assumed.
-OTHER_REGISTERS = 48
+# Registers of a thread besides its accumulators (addresses, operands, indices); assumed for linear. Convolutions hold
+# an address and a position per row of pixels: compiled for sm_90, 110 beside 64 accumulators and 120 beside 128.
+OTHER_REGISTERS = {"linear": 48, "conv2d": 112}
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,17 @@ class Problem:
     """One call of one op: all static facts.
 
     Attributes:
-        op: "linear_forward", "linear_dgrad", "linear_wgrad" or "block_scores".
+        op: "linear_forward", "linear_dgrad", "linear_wgrad" or "block_scores"; for convolutions "conv2d_forward",
+            "conv2d_dgrad", "conv2d_wgrad" or "conv2d_block_scores".
         dtype: "bfloat16", "float16", "float32" (IEEE) or "tf32".
         block: (bo, bi).
-        m: tokens.
-        capacity: block slots, the static stand-in for nnz.
+        m: tokens; output pixels N P Q of a convolution.
+        out_features, in_features: O and I; channels of all groups, O and C, of a convolution.
+        capacity: block slots of all groups, the static stand-in for nnz.
+        taps: R S of the filter.
+        groups: of a convolution.
+        source: input pixels N H W; 0 for linear.
+        stride_area: input pixels per output pixel, the product of both strides.
     """
 
     op: str
@@ -34,6 +45,20 @@ class Problem:
     out_features: int
     in_features: int
     capacity: int
+    taps: int = 1
+    groups: int = 1
+    source: int = 0
+    stride_area: int = 1
+
+    @property
+    def kind(self) -> str:
+        """ "linear" or "conv2d"."""
+        return "conv2d" if self.op.startswith("conv2d") else "linear"
+
+    @property
+    def step(self) -> str:
+        """ "forward", "dgrad", "wgrad" or "scores": the op without its kind."""
+        return self.op.rpartition("_")[2]
 
     @property
     def itemsize(self) -> int:
@@ -41,41 +66,109 @@ class Problem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(Ob, Ib)."""
-        return -(-self.out_features // self.block[0]), -(-self.in_features // self.block[1])
+        """(Ob, taps Ib) of one group."""
+        bo, bi = self.block
+        return -(-self.out_features // self.groups // bo), self.taps * -(-self.in_features // self.groups // bi)
+
+    @property
+    def blocks(self) -> int:
+        """Of all groups, stored or not."""
+        return self.groups * math.prod(self.grid)
 
     @property
     def density(self) -> float:
         """Stored share of the blocks."""
-        ob, ib = self.grid
-        return min(self.capacity / (ob * ib), 1.0)
+        return min(self.capacity / self.blocks, 1.0)
 
     @property
     def edges(self) -> tuple[int, int]:
         """(n, k): block edge along the outputs of the product, block edge along its reduction (forward, dgrad)."""
         bo, bi = self.block
-        return (bi, bo) if self.op == "linear_dgrad" else (bo, bi)
+        return (bi, bo) if self.step == "dgrad" else (bo, bi)
 
     @property
     def walked(self) -> tuple[int, int]:
-        """(block rows, block columns) as the op walks the layout: of the transpose for dgrad."""
+        """(block rows, block columns) as the op walks the layout, of all groups: of the transpose for dgrad."""
         ob, ib = self.grid
-        return (ib, ob) if self.op == "linear_dgrad" else (ob, ib)
+        if self.step == "dgrad":
+            ob, ib = ib // self.taps, self.taps * ob
+        return self.groups * ob, ib
+
+    @property
+    def phases(self) -> int:
+        """Sets of output pixels that see different taps: dgrad writes pixels of every remainder by the stride."""
+        return self.stride_area if self.step == "dgrad" else 1
+
+    @property
+    def outputs(self) -> int:
+        """Tokens or pixels that forward or dgrad writes."""
+        return self.source if self.kind == "conv2d" and self.step == "dgrad" else self.m
+
+    @property
+    def image(self) -> int:
+        """Tokens or pixels of x (dx) in device memory: those that some tap reads, and all of dx."""
+        if self.kind == "linear":
+            return self.m
+        return self.source if self.step == "dgrad" else min(self.source, self.m * self.taps)
+
+    @property
+    def weight(self) -> int:
+        """Elements of the dense weight."""
+        return self.out_features * self.in_features // self.groups * self.taps
 
     @property
     def dense_flops(self) -> float:
-        return 2.0 * self.m * self.out_features * self.in_features
+        return 2.0 * self.m * self.weight
 
     @property
     def stored_flops(self) -> float:
-        """Of the stored blocks; all of them for "block_scores", which looks at every block."""
-        if self.op == "block_scores":
+        """Of the stored blocks; all of them for block scores, which look at every block."""
+        if self.step == "scores":
             return self.dense_flops
         return 2.0 * self.m * self.capacity * self.block[0] * self.block[1]
 
     def at_density(self, density: float) -> Problem:
         """The same problem with another number of stored blocks, at least one."""
-        return replace(self, capacity=max(round(density * math.prod(self.grid)), 1))
+        return replace(self, capacity=max(round(density * self.blocks), 1))
+
+
+def is_linear(grid: BlockGrid, geometry: ConvGeometry) -> bool:
+    """Whether the convolution is a linear layer over its pixels."""
+    pointwise = grid.kernel_size == (1, 1) and grid.groups == 1
+    return pointwise and geometry.stride == (1, 1) and geometry.padding == (0, 0, 0, 0)
+
+
+def conv_problem(
+    op: str, dtype: str, grid: BlockGrid, geometry: ConvGeometry, x_shape: Sequence[int], capacity: int
+) -> Problem:
+    """An op of a convolution; the linear one over pixels where the linear kernels run it.
+
+    Args:
+        op: "conv2d_forward", "conv2d_dgrad", "conv2d_wgrad" or "conv2d_block_scores".
+        dtype: ``Problem.dtype``.
+        grid: of the weight [O, C/g, R, S].
+        geometry: stride, padding and dilation.
+        x_shape: [N, C, H, W].
+        capacity: block slots.
+    """
+    n, c, h, w = x_shape
+    (p, q), out_features = geometry.output_size(h, w, grid.kernel_size), grid.weight_shape[0]
+    if is_linear(grid, geometry):
+        op = "block_scores" if op == "conv2d_block_scores" else op.replace("conv2d", "linear")
+        return Problem(op, dtype, grid.block, n * h * w, out_features, c, capacity)
+    return Problem(
+        op,
+        dtype,
+        grid.block,
+        n * p * q,
+        out_features,
+        c,
+        capacity,
+        taps=math.prod(grid.kernel_size),
+        groups=grid.groups,
+        source=n * h * w,
+        stride_area=math.prod(geometry.stride),
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +178,7 @@ class Tile:
     Attributes:
         variant: forward and dgrad: "gather" (pointers), "tma" (descriptors, sm_90 and later) or "union" (several block
             rows share each tile of x); wgrad: "panel"; scores: "scores".
-        bm: tokens of one program (forward, dgrad), tokens per stage (wgrad, scores).
+        bm: tokens or pixels of one program (forward, dgrad), tokens or pixels per stage (wgrad, scores).
         bk: reduction depth of one stage (forward, dgrad): several blocks or a part of one; 0 where unused.
         panel: union: block rows per program; wgrad: blocks of one block row per program; scores: input features per
             program; else 1.

@@ -7,6 +7,7 @@ arguments into a signature, constants and alignments. No second description of t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from sparsekern.backends.triton.launch import block_scores, common, linear, linear_wgrad
+from sparsekern.backends import ConvGeometry
+from sparsekern.backends.triton.launch import block_scores, common, conv2d, conv2d_wgrad, linear, linear_wgrad
 from sparsekern.backends.triton.problem import Problem, Tile
 from sparsekern.layout import BlockGrid
 
@@ -59,18 +61,34 @@ def calls(problem: Problem, tile: Tile, arch: int) -> tuple[Call, ...]:
 
 
 class _Operands:
-    """Tensors of a problem that have shapes, dtypes and aligned addresses, and no memory."""
+    """Tensors of a problem that have shapes, dtypes and aligned addresses, and no memory.
+
+    A convolution has a square filter and strides, padding that keeps the size, and one image of ``Problem.source``
+    pixels in a row per stride.
+    """
 
     def __init__(self, problem: Problem) -> None:
         p = problem
-        self.grid = BlockGrid((p.out_features, p.in_features), p.block)
-        self.x, self.dy = self.floats(p, p.m, p.in_features), self.floats(p, p.m, p.out_features)
+        if p.kind == "linear":
+            self.grid = BlockGrid((p.out_features, p.in_features), p.block)
+            self.x, self.dy = self.floats(p, p.m, p.in_features), self.floats(p, p.m, p.out_features)
+        else:
+            edge, stride = math.isqrt(p.taps), math.isqrt(p.stride_area)
+            self.geometry = ConvGeometry((stride, stride), (edge // 2,) * 4, (1, 1))
+            self.grid = BlockGrid((p.out_features, p.in_features // p.groups, edge, edge), p.block, p.groups)
+            height, width = stride, p.source // stride
+            self.x = self.image(p, p.in_features, height, width)
+            self.dy = self.image(p, p.out_features, *self.geometry.output_size(height, width, (edge, edge)))
         self.values, self.bias = self.floats(p, p.capacity, *p.block), self.floats(p, p.out_features)
         self.index = torch.empty(self.grid.index_size(p.capacity), dtype=torch.int32, device="meta")
 
     @staticmethod
     def floats(problem: Problem, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=_DTYPES[problem.dtype], device="meta")
+
+    @classmethod
+    def image(cls, problem: Problem, *shape: int) -> torch.Tensor:
+        return cls.floats(problem, 1, *shape).contiguous(memory_format=torch.channels_last)
 
 
 def _forward(t: _Operands, tile: Tile) -> None:
@@ -90,11 +108,32 @@ def _scores(t: _Operands, tile: Tile) -> None:
     block_scores.scores(t.dy, t.x, t.grid, tile)
 
 
+def _conv_forward(t: _Operands, tile: Tile) -> None:
+    conv2d.forward(t.x, t.values, t.index, t.bias, t.grid, t.geometry, tile)
+
+
+def _conv_dgrad(t: _Operands, tile: Tile) -> None:
+    conv2d.dgrad(t.dy, t.values, t.index, t.x.shape, t.grid, t.geometry, tile)
+
+
+def _conv_wgrad(t: _Operands, tile: Tile) -> None:
+    for splits in (1, SPLITS):
+        conv2d_wgrad.wgrad(t.dy, t.x, t.index, None, True, t.grid, t.geometry, tile, splits)
+
+
+def _conv_scores(t: _Operands, tile: Tile) -> None:
+    block_scores.conv2d_scores(t.dy, t.x, t.grid, t.geometry, tile)
+
+
 _LAUNCHES: dict[str, Callable[[_Operands, Tile], None]] = {
     "linear_forward": _forward,
     "linear_dgrad": _dgrad,
     "linear_wgrad": _wgrad,
     "block_scores": _scores,
+    "conv2d_forward": _conv_forward,
+    "conv2d_dgrad": _conv_dgrad,
+    "conv2d_wgrad": _conv_wgrad,
+    "conv2d_block_scores": _conv_scores,
 }
 
 

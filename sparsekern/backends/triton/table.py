@@ -1,8 +1,9 @@
 """Tuned tiles: the shipped ``tables/triton.json`` and the user's cache, in one format.
 
 Shipped: ``{"version": 1, "gpus": {gpu: {key: entry}}}``; the user's cache holds ``{key: entry}`` of one GPU as "tiles".
-A key names op, dtype, block, tokens (nearest power of two), shape and density (nearest of :data:`DENSITIES`). An entry
-holds the tile, seconds of the kernel and of the dense op, and the exact tokens and slots they were measured at.
+A key names op, dtype, block, tokens (nearest power of two), shape and density (nearest of :data:`DENSITIES`), and of a
+convolution also taps, groups and stride area. An entry holds the tile, seconds of the kernel and of the dense op, and
+the exact tokens, input pixels and slots they were measured at.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.resources
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def density_bucket(density: float) -> float:
 
 def family(problem: Problem) -> str:
     """What an entry must share with a problem to say anything about it."""
-    return f"{problem.op} {problem.dtype} b{problem.block[0]}x{problem.block[1]}"
+    p = problem
+    conv = f" t{p.taps} g{p.groups} s{p.stride_area}" if p.kind == "conv2d" else ""
+    return f"{p.op} {p.dtype} b{p.block[0]}x{p.block[1]}{conv}"
 
 
 def key(problem: Problem) -> str:
@@ -131,12 +134,22 @@ def _read(problem: Problem, entry: Any, source: str) -> Found | None:
     try:
         tile = Tile(**{name: entry[name] for name in TILE_FIELDS})
         sizes = {name: int(entry[name]) for name in ("m", "out_features", "in_features", "capacity")}
+        if problem.kind == "conv2d":
+            sizes["source"] = int(entry["source"])
         times = float(entry["seconds"]), float(entry["dense_seconds"])
     except (KeyError, TypeError, ValueError):
         return None
     if not all(isinstance(entry[name], int) for name in TILE_FIELDS[1:]) or min(*sizes.values(), *times) <= 0:
         return None
-    return Found(tile, Problem(problem.op, problem.dtype, problem.block, **sizes), *times, source)
+    own = replace(
+        problem,
+        m=sizes["m"],
+        out_features=sizes["out_features"],
+        in_features=sizes["in_features"],
+        capacity=sizes["capacity"],
+        source=sizes.get("source", 0),
+    )
+    return Found(tile, own, *times, source)
 
 
 def _distance(a: Problem, b: Problem) -> float:
@@ -168,6 +181,8 @@ def remember(
         "seconds": seconds,
         "dense_seconds": dense_seconds,
     }
+    if problem.kind == "conv2d":
+        entry["source"] = problem.source
     if skipped:
         entry["skipped"] = dict(skipped)
     tuned(gpu)[key(problem)] = entry

@@ -40,7 +40,9 @@ __all__ = (
     "why_not",
 )
 
-OPS = ("linear_forward", "linear_dgrad", "linear_wgrad", "block_scores")
+LINEAR_OPS = ("linear_forward", "linear_dgrad", "linear_wgrad", "block_scores")
+CONV_OPS = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad", "conv2d_block_scores")
+OPS = (*LINEAR_OPS, *CONV_OPS)
 DTYPES = tuple(ITEMSIZE)
 EDGES = (16, 32, 64, 128)
 BLOCKS = tuple((bo, bi) for bo in EDGES for bi in EDGES)
@@ -86,9 +88,11 @@ def shipped(arch: int) -> Iterator[tuple[Problem, Tile]]:
     for op in OPS:
         for dtype in DTYPES:
             for block in BLOCKS:
-                problem = Problem(op, dtype, block, 4096, 4096, 4096, 1).at_density(0.1)
+                problem = Problem(op, dtype, block, 4096, 4096, 4096, 1)
+                if op in CONV_OPS:  # 3x3 with stride 2, the harder one to compile: dgrad has phases
+                    problem = replace(problem, out_features=512, in_features=512, taps=9, source=16384, stride_area=4)
                 for tile in candidates(problem, arch):
-                    yield problem, tile
+                    yield problem.at_density(0.1), tile
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,9 +100,8 @@ def _tiles(op: str, dtype: str, block: tuple[int, int], arch: int) -> tuple[Tile
     if op not in OPS or dtype not in DTYPES or block not in BLOCKS:
         return ()
     problem = Problem(op, dtype, block, 1, 1, 1, 1)
-    listed = (
-        _wgrad(problem) if op == "linear_wgrad" else _scores(problem) if op == "block_scores" else _product(problem)
-    )
+    product = _conv_product if problem.kind == "conv2d" else _product
+    listed = {"wgrad": _wgrad, "scores": _scores}.get(problem.step, product)(problem)
     fitting = (_fitted(problem, tile, arch) for tile in listed)
     return tuple(tile for tile in fitting if why_not(problem, tile, arch) is None)
 
@@ -122,6 +125,20 @@ def _product(problem: Problem) -> Iterator[Tile]:
         yield Tile("tma", 128, depth, 1, 4, stages)
     if n <= 32 and k <= 64:  # narrow blocks use a tile of x too little to load it for one block row
         yield Tile("union", 128, k, UNION_WIDTH // n, 4, 7)
+
+
+def _conv_product(problem: Problem) -> Iterator[Tile]:
+    """forward and dgrad of convolutions: pixels as tokens, pointers alone. Small batches and the last stages of a
+    network have few pixels, so 64 of them too."""
+    n, _ = problem.edges
+    if problem.dtype == "float32":
+        yield from _product(problem)
+        return
+    depth = 128 // problem.itemsize
+    stages = 3 if n == 128 else 4
+    yield Tile("gather", 256, depth, 1, 8, 4)
+    yield Tile("gather", 128, depth, 1, 8 if n == 128 else 4, stages)
+    yield Tile("gather", 64, depth, 1, 4, 4)
 
 
 def _wgrad(problem: Problem) -> Iterator[Tile]:
@@ -165,7 +182,9 @@ def _cramped(tile: Tile, arch: int) -> bool:
 def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     """Why ``tile`` can't run ``problem`` on this architecture, or None."""
     (bo, bi), (n, k) = problem.block, problem.edges
-    variants = {"linear_wgrad": ("panel",), "block_scores": ("scores",)}.get(problem.op, ("gather", "tma", "union"))
+    variants = {"wgrad": ("panel",), "scores": ("scores",)}.get(
+        problem.step, ("gather",) if problem.kind == "conv2d" else ("gather", "tma", "union")
+    )
     if tile.variant not in variants:
         return f"variant: expected one of {', '.join(variants)}, got {tile.variant}"
     if tile.bm not in (16, 32, 64, 128, 256):

@@ -9,8 +9,8 @@ from torch import Tensor
 from sparsekern.backends import ConvGeometry
 from sparsekern.backends.triton.kernels import conv2d_wgrad as kernels
 from sparsekern.backends.triton.launch import common, linear_wgrad, panels
-from sparsekern.backends.triton.launch.conv2d import alignment, as_rows, is_linear
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.launch.conv2d import alignment, as_rows
+from sparsekern.backends.triton.problem import Tile, is_linear
 from sparsekern.layout import BlockGrid, capacity_of
 
 
