@@ -27,6 +27,7 @@ from sparsekern.backends.triton.problem import Problem, Tile
 
 M, FEATURES = 256, 256
 BLOCKS = [(16, 16), (64, 128)]
+OPS = ("linear_forward", "linear_dgrad", "linear_wgrad", "block_scores")
 ENV = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
@@ -40,7 +41,9 @@ def compared_tiles(arch):
     seen = set()
     for problem, tile in tiles.shipped(arch):
         group = (problem.op, problem.dtype, problem.block, tile.variant)
-        if problem.dtype in ("bfloat16", "float32") and problem.block in BLOCKS and group not in seen:
+        if problem.op not in OPS or problem.dtype not in ("bfloat16", "float32") or problem.block not in BLOCKS:
+            continue
+        if group not in seen:
             seen.add(group)
             yield replace(problem, m=M, out_features=FEATURES, in_features=FEATURES), tile
 
