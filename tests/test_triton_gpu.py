@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.backends import ConvGeometry
 from sparsekern.layout import BlockGrid, BlockLayout
 
-from .support import assert_within, random_layout
+from .support import assert_within, conv2d_reference, random_layout
 
 pytest.importorskip("triton")
 
@@ -58,10 +59,18 @@ def on_gpu(shape, block, density, **how):
 @pytest.mark.parametrize("case", shipped(), ids=tile_id)
 def test_shipped_tile(case, cuda_precision):
     """Each tile at a ragged shape of several programs; the memory behind the outputs starts as NaN."""
-    from sparsekern.backends.triton.launch import block_scores, linear, linear_wgrad
-
     problem, tile = case
     torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.dtype == "tf32" else "ieee"
+    if problem.op.startswith("conv2d"):
+        for stride in (1, 2):
+            check_conv2d_tile(problem, tile, stride)
+    else:
+        check_linear_tile(problem, tile)
+
+
+def check_linear_tile(problem, tile):
+    from sparsekern.backends.triton.launch import block_scores, linear, linear_wgrad
+
     dtype, bound = DTYPES[problem.dtype], BOUNDS[problem.dtype]
     layout = on_gpu((520, 648), problem.block, 0.3, seed=1, spare=2)
     x, dy, bias = draw(300, 648, dtype=dtype), draw(300, 520, dtype=dtype), draw(520, dtype=dtype)
@@ -85,6 +94,41 @@ def test_shipped_tile(case, cuda_precision):
     else:
         got = block_scores.scores(dy, x, layout.grid, tile)
         want = layout.grid.to_blocks(dy.double().t() @ x.double()).flatten(1).norm(dim=1).view(got.shape)
+        torch.testing.assert_close(got.double(), want, rtol=1e-2 if problem.dtype == "tf32" else 1e-4, atol=1e-3)
+
+
+def check_conv2d_tile(problem, tile, stride):
+    from sparsekern.backends.triton.launch import block_scores, conv2d, conv2d_wgrad
+
+    dtype, bound = DTYPES[problem.dtype], BOUNDS[problem.dtype]
+    weight, geometry = (136, 168, 3, 3), ConvGeometry((stride, stride), (1, 1, 1, 1), (1, 1))
+    layout = on_gpu(weight, problem.block, 0.3, seed=1, spare=2)
+    p, q = geometry.output_size(14, 13, (3, 3))
+
+    def image(*shape):
+        return draw(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    x, dy, bias = image(5, 168, 14, 13), image(5, 136, p, q), draw(136, dtype=dtype)
+    values = layout.from_dense(draw(*weight, dtype=dtype))
+    wide = [t.double().contiguous() for t in (x, layout.to_dense(values), bias, dy)]
+    expected = conv2d_reference(*wide, stride=stride, padding=1)
+    magnitude = conv2d_reference(*[t.abs() for t in wide], stride=stride, padding=1)
+    if problem.op == "conv2d_forward":
+        y = conv2d.forward(x, values, layout.index, bias, layout.grid, geometry, tile)
+        assert_within(y, expected["y"], magnitude["y"], "y", bound)
+    elif problem.op == "conv2d_dgrad":
+        dx = conv2d.dgrad(dy, values, layout.index, tuple(x.shape), layout.grid, geometry, tile)
+        assert_within(dx, expected["dx"], magnitude["dx"], "dx", bound)
+    elif problem.op == "conv2d_wgrad":
+        want, most = layout.from_dense(expected["dw"]), layout.from_dense(magnitude["dw"])
+        for splits in (1, 3):
+            dvalues, dbias = conv2d_wgrad.wgrad(dy, x, layout.index, None, True, layout.grid, geometry, tile, splits)
+            assert_within(dvalues, want, most, "dvalues", bound)
+            assert_within(dbias, expected["dbias"], magnitude["dbias"], "dbias", bound)
+            assert not dvalues[layout.nnz :].any()
+    else:
+        got = block_scores.conv2d_scores(dy, x, layout.grid, geometry, tile)
+        want = layout.grid.to_blocks(expected["dw"]).flatten(1).norm(dim=1).view(got.shape)
         torch.testing.assert_close(got.double(), want, rtol=1e-2 if problem.dtype == "tf32" else 1e-4, atol=1e-3)
 
 
@@ -203,3 +247,33 @@ def test_split_count_is_positive_everywhere():
             for m in (1, 100, 100_000):
                 asked = Problem(problem.op, problem.dtype, problem.block, m, 520, 648, 10)
                 assert model.splits(asked, tile, chip) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_convolution_trains_under_autocast_in_a_graph(dtype, monkeypatch):
+    """AMP, channels_last, a captured step: equal to the eager step, and near the dense twin."""
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
+    dense = nn.Conv2d(64, 96, 3, padding=1, device="cuda").to(memory_format=torch.channels_last)
+    layout = on_gpu((96, 64, 3, 3), (32, 32), 0.4)
+    sparse = sk.SparseConv2d.from_dense(dense, layout.mask(), block=32)
+    twin = sparse.to_dense()
+    x = draw(8, 64, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def step(module, leaves):
+        with torch.autocast("cuda", dtype=dtype):
+            y = module(x)
+        return (y, *torch.autograd.grad(y.float().square().mean(), leaves))
+
+    for _ in range(3):
+        step(sparse, [x, sparse.values])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(sparse, [x, sparse.values])
+    graph.replay()
+    eager = step(sparse, [x, sparse.values])
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+    y, dx, dw = step(twin, [x, twin.weight])
+    torch.testing.assert_close(eager[0], y, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(eager[1], dx, rtol=5e-2, atol=1e-4)
+    torch.testing.assert_close(sparse.layout.to_dense(eager[2]), dw * sparse.mask, rtol=5e-2, atol=1e-3)
