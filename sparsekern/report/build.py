@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsekern.report import markdown, page, tables
+from sparsekern.report import markdown, net_tables, page, tables
 from sparsekern.report.results import Results, check_same_machine, load
 from sparsekern.report.summary import changes
 
@@ -62,6 +62,7 @@ def _write_csv(results: Results, out: Path) -> list[Path]:
         contents["passes"] = tables.pass_table(results.passes)
     if results.training:
         contents["training"] = tables.train_table(results.training)
+    contents |= {content.title.lower().replace(" ", "-"): content for content in net_tables.whole_tables(results)}
     written = []
     for name, content in contents.items():
         path = out / f"{name}.csv"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsekern.report import tables
+from sparsekern.report import net_tables, tables
 from sparsekern.report.results import Results
 from sparsekern.report.summary import Change, grouped
 from sparsekern.report.tables import Table
@@ -33,6 +33,10 @@ def render(results: Results, changes: dict[tuple[object, ...], Change] | None, p
     out += [f"| {_escape(what)} | {value} | {_escape(detail)} |" for what, value, detail in tables.headline(results)]
     out += ["", "▼ marks rows in which sparse is slower than dense.", ""]
     out += [f"![{name.removesuffix('.png')}]({name})\n" for name in plots]
+    for content in net_tables.whole_tables(results):
+        out += [f"## {content.title}", "", content.note, "", table(content), ""]
+    if results.missing:
+        out += ["Not measured:", "", *(f"- {_escape(row.what)}: {_escape(row.reason)}" for row in results.missing), ""]
     if results.training:
         content = tables.train_table(results.training)
         out += [f"## {content.title}", "", content.note, "", table(content), ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-from sparsekern.report import tables
+from sparsekern.report import net_tables, tables
 from sparsekern.report.results import Results
 from sparsekern.report.summary import Change
 from sparsekern.report.tables import Table
@@ -90,7 +90,20 @@ for (const box of document.querySelectorAll(".table")) {
   apply();
 }
 """
-_FILTERS = {"op", "pass", "shape", "format", "block", "sparsity %", "threads", "model", "backend"}
+_FILTERS = {
+    "op",
+    "pass",
+    "shape",
+    "format",
+    "block",
+    "sparsity %",
+    "threads",
+    "model",
+    "backend",
+    "net",
+    "mode",
+    "contender",
+}
 
 
 def _table(content: Table) -> str:
@@ -135,11 +148,15 @@ def render(results: Results, changes: dict[tuple[object, ...], Change] | None, s
     parts.append(f"<dl>{''.join(facts)}</dl>")
     parts += [f"<figure>{svg}</figure>" for svg in svgs.values()]
     contents: Sequence[Table] = [
+        *net_tables.whole_tables(results),
         *([tables.train_table(results.training)] if results.training else []),
         *([tables.mean_table(results.passes)] if results.passes else []),
         *tables.peer_tables(results.peers),
     ]
     parts += [_table(content) for content in contents]
+    if results.missing:
+        items = (f"<li>{escape(row.what)}: {escape(row.reason)}</li>" for row in results.missing)
+        parts.append(f"<p>Not measured:</p><ul>{''.join(items)}</ul>")
     failed = tables.failed_peers(results.peers)
     if failed:
         items = (f"<li>{escape(peer)}: {escape(reason)} ({count} rows)</li>" for peer, reason, count in failed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+KINDS = ("pass", "peers", "train", "net", "accuracy", "overhead", "missing")
 BUSY = 0.25  # cores busy with other processes above which times are not to be trusted
 _HOW = "expected a file written by `python -m pytest benchmarks --benchmark-json FILE`"
 
@@ -154,6 +155,124 @@ class TrainRow:
         return self.speedup < 1.0
 
 
+@dataclass(frozen=True)
+class NetRow:
+    """One whole network beside the dense one. Seconds of one batch, timed in turns with the dense net.
+
+    Attributes:
+        contender: "dense", "sparse", "narrow" (dense, of the sparse net's MACs) or "narrow, multiples of 8".
+        mode: "eager", "compile" or "graph" (a replayed CUDA graph).
+        pass_: "forward" (evaluation, no gradients) or "step" (forward, backward, optimizer).
+        sparsity: percent; 0 for dense nets, whose block is 0 and allocation "".
+        wall_s: seconds with the host's work.
+        ideal: speed-up by Amdahl's law, had the convolutions taken their share of the dense MACs; None for dense nets.
+        parts: seconds on the device by kind of kernel.
+        optimizers: seconds of the optimizer's step alone, by implementation.
+        peak_bytes: most memory that the net, its optimizer and one step held; None where it is not measured.
+        layers: layers by state.
+    """
+
+    net: str
+    batch: int
+    contender: str
+    mode: str
+    pass_: str
+    block: int
+    sparsity: int
+    allocation: str
+    seconds: float
+    dense_s: float
+    speedup: float
+    q1: float
+    q3: float
+    wall_s: float | None
+    ideal: float | None
+    params: int
+    macs: int
+    peak_bytes: int | None
+    parts: Mapping[str, float]
+    optimizers: Mapping[str, float]
+    layers: Mapping[str, int]
+    device: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The contender with what tells it from its like."""
+        return f"{self.contender}, block {self.block}, {self.allocation}" if self.sparsity else self.contender
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.net, self.batch, self.name, self.sparsity, self.mode, self.pass_, self.device)
+
+    @property
+    def loses(self) -> bool:
+        return self.speedup < 1.0
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """One net trained on real data; ``test_acc`` as a fraction, ``seconds`` of the whole run, tests included."""
+
+    net: str
+    data: str
+    contender: str
+    block: int
+    sparsity: int
+    epochs: float
+    batch: int
+    test_acc: float
+    seconds: float
+    step_s: float
+    params: int
+    macs: int
+    layers: Mapping[str, int]
+    device: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.net, self.data, self.contender, self.block, self.sparsity, self.epochs, self.device
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """What something costs beside what it accompanies: ``share`` = ``seconds`` / ``base_s``.
+
+    Attributes:
+        what: "dispatch" (time of a call beyond that of the kernels it chooses, over theirs) or "topology update" (one
+            update over 100 steps of the layer).
+        base_s: seconds of what it accompanies.
+    """
+
+    what: str
+    op: str
+    shape: str
+    pass_: str
+    block: int
+    sparsity: int
+    seconds: float
+    base_s: float
+    share: float
+    backend: str
+    device: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.what, self.op, self.shape, self.pass_, self.block, self.sparsity, self.device
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A row that could not be measured, and why."""
+
+    what: str
+    reason: str
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.what,)
+
+
 @dataclass
 class Results:
     """Rows of one or more files from one machine."""
@@ -163,6 +282,10 @@ class Results:
     passes: list[PassRow] = field(default_factory=list)
     peers: list[PeerRow] = field(default_factory=list)
     training: list[TrainRow] = field(default_factory=list)
+    nets: list[NetRow] = field(default_factory=list)
+    accuracy: list[AccuracyRow] = field(default_factory=list)
+    overheads: list[OverheadRow] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
 
     def warnings(self) -> list[str]:
         """What makes these times doubtful, one sentence each."""
@@ -207,6 +330,10 @@ def load(paths: Iterable[Path], *, force: bool = False) -> Results:
         merged.passes = _later_wins(merged.passes + one.passes)
         merged.peers = _later_wins(merged.peers + one.peers)
         merged.training = _later_wins(merged.training + one.training)
+        merged.nets = _later_wins(merged.nets + one.nets)
+        merged.accuracy = _later_wins(merged.accuracy + one.accuracy)
+        merged.overheads = _later_wins(merged.overheads + one.overheads)
+        merged.missing = _later_wins(merged.missing + one.missing)
     if merged is None:
         raise ReportError("results: expected at least one file, got none")
     return merged
@@ -258,8 +385,9 @@ def _read(path: Path) -> Results:
     for entry in data["benchmarks"]:
         _add(results, entry, name)
     rows: list[PassRow | PeerRow | TrainRow] = [*results.passes, *results.peers, *results.training]
-    about["on_gpu"] = all(row.device == "cuda" for row in rows)
-    if not (results.passes or results.peers or results.training):
+    more: list[NetRow | AccuracyRow | OverheadRow] = [*results.nets, *results.accuracy, *results.overheads]
+    about["on_gpu"] = all(row.device == "cuda" for row in [*rows, *more])
+    if not (rows or more or results.missing):
         raise ReportError(f"{name}: expected rows, got an empty run; were all rows deselected?")
     return results
 
@@ -273,8 +401,16 @@ def _add(results: Results, entry: Any, file: str) -> None:
             results.peers.append(_peer_row(info))
         elif info["kind"] == "train":
             results.training.append(_train_row(info))
+        elif info["kind"] == "net":
+            results.nets.append(_net_row(info))
+        elif info["kind"] == "accuracy":
+            results.accuracy.append(_accuracy_row(info))
+        elif info["kind"] == "overhead":
+            results.overheads.append(_overhead_row(info))
+        elif info["kind"] == "missing":
+            results.missing.append(Missing(str(info["what"]), str(info["reason"])))
         else:
-            raise ReportError(f"{file}: expected rows of kind pass, peers or train, got {info['kind']!r}")
+            raise ReportError(f"{file}: expected rows of kind {', '.join(KINDS)}, got {info['kind']!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         row = entry.get("name", "?") if isinstance(entry, dict) else "?"
         what = f"no {error}" if isinstance(error, KeyError) else error
@@ -381,4 +517,78 @@ def _train_row(info: Mapping[str, Any]) -> TrainRow:
         contenders=contenders,
         neighbours=_neighbours(info),
         device=str(info.get("device", "cpu")),
+    )
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None else _positive(value)
+
+
+def _counts(mapping: Any) -> dict[str, int]:
+    return {str(name): int(count) for name, count in mapping.items()}
+
+
+def _net_row(info: Mapping[str, Any]) -> NetRow:
+    return NetRow(
+        net=str(info["net"]),
+        batch=int(info["batch"]),
+        contender=str(info["contender"]),
+        mode=str(info["mode"]),
+        pass_=str(info["pass_"]),
+        block=int(info["block"]),
+        sparsity=int(info["sparsity"]),
+        allocation=str(info["allocation"]),
+        seconds=_positive(info["median_s"]),
+        dense_s=_positive(info["dense_median_s"]),
+        speedup=_positive(info["speedup"]),
+        q1=_positive(info["speedup_q1"]),
+        q3=_positive(info["speedup_q3"]),
+        wall_s=_maybe(info["wall_s"]),
+        ideal=_maybe(info["ideal"]),
+        params=int(info["params"]),
+        macs=int(info["macs"]),
+        peak_bytes=None if info["peak_bytes"] is None else int(info["peak_bytes"]),
+        parts=_numbers(info["parts_s"], float),
+        optimizers=_numbers(info["optimizers_s"]),
+        layers=_counts(info["layers"]),
+        device=str(info["device"]),
+        dtype=str(info["dtype"]),
+    )
+
+
+def _accuracy_row(info: Mapping[str, Any]) -> AccuracyRow:
+    accuracy = float(info["test_acc"])
+    if not 0.0 <= accuracy <= 1.0:
+        raise ValueError(f"{accuracy!r} where a fraction belongs")
+    return AccuracyRow(
+        net=str(info["net"]),
+        data=str(info["data"]),
+        contender=str(info["contender"]),
+        block=int(info["block"]),
+        sparsity=int(info["sparsity"]),
+        epochs=_positive(info["epochs"]),
+        batch=int(info["batch"]),
+        test_acc=accuracy,
+        seconds=_positive(info["seconds"]),
+        step_s=_positive(info["step_s"]),
+        params=int(info["params"]),
+        macs=int(info["macs"]),
+        layers=_counts(info["layers"]),
+        device=str(info["device"]),
+    )
+
+
+def _overhead_row(info: Mapping[str, Any]) -> OverheadRow:
+    return OverheadRow(
+        what=str(info["what"]),
+        op=str(info["op"]),
+        shape=str(info["shape"]),
+        pass_=str(info["pass_"]),
+        block=int(info["block"]),
+        sparsity=int(info["sparsity"]),
+        seconds=float(info["seconds"]),
+        base_s=_positive(info["base_s"]),
+        share=float(info["share"]),
+        backend=str(info["backend"]),
+        device=str(info["device"]),
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsekern.report.results import Contender, PassRow, PeerRow, Results, TrainRow
+from sparsekern.report.results import (
+    AccuracyRow,
+    Contender,
+    NetRow,
+    OverheadRow,
+    PassRow,
+    PeerRow,
+    Results,
+    TrainRow,
+)
 from sparsekern.report.summary import Change, Mean, break_even, geometric_mean, grouped, main_shape
 
 Cell = str | int | float | None
@@ -195,7 +204,7 @@ def train_table(rows: Sequence[TrainRow]) -> Table:
         line += [row.speedup, row.q1, row.q3, row.narrow_speedup]
         line += [one.params / 1e6 for one in three] + [one.macs / 1e6 for one in three]
         line += [_state_bytes(one) / 1e6 for one in three]
-        lines.append([*line, ", ".join(f"{count} {state}" for state, count in row.layers.items())])
+        lines.append([*line, layer_counts(row.layers)])
     note = (
         "Narrow: the dense net of the same MACs as the sparse one. MACs per sample, forward. State: parameters and "
         "optimizer state. Layers: how the plan left them."
@@ -205,6 +214,11 @@ def train_table(rows: Sequence[TrainRow]) -> Table:
 
 def _state_bytes(one: Contender) -> int:
     return one.parameter_bytes + one.optimizer_bytes
+
+
+def layer_counts(layers: Mapping[str, int]) -> str:
+    """``"3 sparse, 1 dense"``."""
+    return ", ".join(f"{count} {state}" for state, count in layers.items())
 
 
 def headline(results: Results) -> list[tuple[str, str, str]]:
@@ -219,11 +233,16 @@ def headline(results: Results) -> list[tuple[str, str, str]]:
     if results.training:
         mean_train = geometric_mean(row.speedup for row in results.training)
         out.append(("training step", f"{significant(mean_train, 3)}x", f"{len(results.training)} rows"))
+    sparse = [row for row in results.nets if row.sparsity]
+    for (pass_, mode), nets in grouped(sparse, lambda row: (row.pass_, row.mode)).items():
+        value = f"{significant(geometric_mean(row.speedup for row in nets), 3)}x"
+        out.append((f"whole nets, {pass_}, {mode}", value, f"{len(nets)} rows"))
     wins = [row.speedup / row.best[1] for row in results.peers if row.best]
     if wins:
         out.append(("over the best peer", f"{significant(geometric_mean(wins), 3)}x", f"{len(wins)} rows"))
-    losing = sum(row.loses for row in results.passes) + sum(row.loses for row in results.training)
-    total = len(results.passes) + len(results.training)
+    rows_against_dense: list[PassRow | TrainRow | NetRow] = [*results.passes, *results.training, *sparse]
+    losing = sum(row.loses for row in rows_against_dense)
+    total = len(rows_against_dense)
     out.append(("rows slower than dense", str(losing), f"of {total}"))
     return out
 
@@ -257,8 +276,12 @@ def conditions(results: Results) -> list[tuple[str, str]]:
 
 def _gpu(gpu: Mapping[str, object], results: Results) -> list[tuple[str, object]]:
     """The device of GPU rows, and how they were timed; nothing where no row ran on one."""
-    rows: list[PassRow | PeerRow] = [*results.passes, *results.peers]
-    if not any(row.device == "cuda" for row in rows):
+    rows: list[PassRow | PeerRow | NetRow | AccuracyRow | OverheadRow] = [
+        *results.passes,
+        *results.peers,
+        *results.nets,
+    ]
+    if not any(row.device == "cuda" for row in [*rows, *results.accuracy, *results.overheads]):
         return []
     memory, l2 = gpu.get("memory"), gpu.get("l2")
     facts = [f"{gpu.get('name')}", f"sm {gpu.get('capability')}", f"{gpu.get('sms')} SMs"]
