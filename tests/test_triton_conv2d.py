@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import sparsekern as sk
 from sparsekern import element_mask as bits
+from sparsekern import ops
 from sparsekern.backends import ConvGeometry
 from sparsekern.layout import BlockGrid, BlockLayout
 from sparsekern.ops import _padding4, _pair
@@ -248,3 +252,90 @@ def test_anything(data):
         panel=data.draw(st.sampled_from([1, 2])),
         splits=data.draw(st.integers(1, 3)),
     )
+
+
+# -- through the public functions --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
+    ops._warn_of_conversion.cache_clear()
+
+
+CONV_OPTIONS = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+def test_public_function_and_gradients(forced, dtype, channels_last):
+    layout = layout_of((64, 24, 3, 3), (32, 16), 0.4, 2, seed=4, spare=1)
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 48, 6, 7, device=DEVICE).to(dtype).contiguous(memory_format=fmt).requires_grad_()
+    values = layout.from_dense(torch.randn(64, 24, 3, 3, device=DEVICE).to(dtype)).requires_grad_()
+    b = torch.randn(64, device=DEVICE).to(dtype).requires_grad_()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            y = sk.sparse_conv2d(x, values, layout, b, **CONV_OPTIONS)
+    told = [str(w.message) for w in caught if "channels_last" in str(w.message)]
+    assert len(told) == (0 if channels_last else 1)
+    assert all("model.to(memory_format=torch.channels_last)" in text for text in told)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert x.grad.is_contiguous(memory_format=fmt)
+    wide = [t.detach().double().contiguous() for t in (x, layout.to_dense(values.detach()), b, dy)]
+    expected = conv2d_reference(*wide, **CONV_OPTIONS)
+    magnitude = conv2d_reference(*[t.abs() for t in wide], **CONV_OPTIONS)
+    assert_close(y.detach(), expected["y"], magnitude["y"], "y")
+    assert_close(x.grad, expected["dx"], magnitude["dx"], "dx")
+    assert_close(values.grad, layout.from_dense(expected["dw"]), layout.from_dense(magnitude["dw"]), "dvalues")
+    assert_close(b.grad, expected["dbias"], magnitude["dbias"], "dbias")
+
+
+def test_scores_op_marks_stored_blocks(forced):
+    layout = layout_of((64, 24, 3, 3), (32, 16), 0.4, 2, seed=4, spare=1)
+    x, dy = torch.randn(2, 48, 6, 7, device=DEVICE), torch.randn(2, 64, 6, 7, device=DEVICE)
+    geometry = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2)
+    got = torch.ops.sparsekern.conv2d_block_scores(dy, x, layout.index, 32, 16, *geometry)
+    dw = torch.nn.grad.conv2d_weight(x.double(), (64, 24, 3, 3), dy.double(), 1, 1, 1, 2)
+    want = layout.grid.to_blocks(dw).flatten(1).norm(dim=1).view(layout.grid.shape)
+    stored = layout.block_mask()
+    assert stored.any() and torch.isneginf(got[stored]).all()
+    torch.testing.assert_close(got[~stored].double(), want[~stored], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}, {}], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+def test_module(forced, options, channels_last):
+    """A module trains one step like its dense twin: string padding, other padding modes, an unbatched image."""
+    torch.manual_seed(0)
+    dense = torch.nn.Conv2d(32, 48, 3, device=DEVICE, **options)
+    layout = layout_of((48, 32, 3, 3), (16, 16), 0.5)
+    sparse = sk.SparseConv2d.from_dense(dense, layout.mask(), block=16)
+    twin = sk.SparseConv2d.from_dense(dense, layout.mask(), block=16).to_dense()
+    x = torch.randn(2, 32, 6, 7, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y, want = sparse(x), twin(x)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sparse(x[0]), twin(x[0]), rtol=1e-4, atol=1e-4)
+        (y.square().sum() + want.square().sum()).backward()
+    torch.testing.assert_close(
+        sparse.layout.to_dense(sparse.values.grad), twin.weight.grad * layout.mask(), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_compiles_as_one_graph(forced):
+    """The conversion of an NCHW image is inside the graph; the choice of backend is a constant of it."""
+    layout = layout_of((32, 32, 3, 3), (16, 16), 0.5)
+    values = layout.from_dense(torch.randn(32, 32, 3, 3, device=DEVICE))
+    x = torch.randn(2, 32, 6, 7, device=DEVICE)
+    compiled = torch.compile(
+        lambda image: sk.sparse_conv2d(image, values, layout, None, 1, 1), fullgraph=True, backend="aot_eager"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(compiled(x), sk.sparse_conv2d(x, values, layout, None, 1, 1))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.backends import OpDesc, dense, forced
+from sparsekern.backends import ConvGeometry, OpDesc, dense, forced, is_channels_last
 from sparsekern.backends.triton import chips, model, tiles
 from sparsekern.backends.triton.launch import common
-from sparsekern.backends.triton.problem import Problem, Tile, precision
+from sparsekern.backends.triton.problem import Problem, Tile, conv_problem, precision
 from sparsekern.layout import BlockGrid, capacity_of
 
 WANTS_CHANNELS_LAST = True
@@ -29,7 +29,7 @@ def unsupported(desc: OpDesc) -> str | None:
         return "no usable GPU or driver"
     elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return f"expected compute capability 8.0 or later, got {torch.cuda.get_device_capability()}"
-    if desc.op != "linear":
+    if desc.op not in ("linear", "conv2d"):
         return f"no kernel for {desc.op}"
     if desc.dtype not in common.DTYPES:
         return f"expected bfloat16, float16 or float32, got {desc.dtype}"
@@ -86,3 +86,70 @@ def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tenso
     from sparsekern.backends.triton.launch import block_scores as norms
 
     return dense.without_stored(norms.scores(dy, x, grid, tile), index, grid)
+
+
+# -- convolutions: the kernels want channels_last ----------------------------------------------------------------------
+
+
+def _formatted(image: Tensor, channels_last: bool) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def conv2d_forward(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
+) -> Tensor:
+    dtype, capacity = precision(x.dtype), values.shape[0]
+    tile = _tile(conv_problem("conv2d_forward", dtype, grid, geometry, tuple(x.shape), capacity), x)
+    if tile is None:
+        return dense.conv2d_forward(x, values, index, bias, grid, geometry)
+    from sparsekern.backends.triton.launch import conv2d
+
+    return _formatted(conv2d.forward(x, values, index, bias, grid, geometry, tile), is_channels_last(x))
+
+
+def conv2d_dgrad(
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    input_shape: tuple[int, ...],
+    channels_last: bool,
+    grid: BlockGrid,
+    geometry: ConvGeometry,
+) -> Tensor:
+    dtype, capacity = precision(dy.dtype), values.shape[0]
+    tile = _tile(conv_problem("conv2d_dgrad", dtype, grid, geometry, input_shape, capacity), dy)
+    if tile is None:
+        return dense.conv2d_dgrad(dy, values, index, input_shape, channels_last, grid, geometry)
+    from sparsekern.backends.triton.launch import conv2d
+
+    return _formatted(conv2d.dgrad(dy, values, index, input_shape, grid, geometry, tile), channels_last)
+
+
+def conv2d_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    index: Tensor,
+    element_mask: Tensor | None,
+    with_bias: bool,
+    grid: BlockGrid,
+    geometry: ConvGeometry,
+) -> tuple[Tensor, Tensor]:
+    dtype, capacity = precision(dy.dtype), capacity_of(grid, index)
+    problem = conv_problem("conv2d_wgrad", dtype, grid, geometry, tuple(x.shape), capacity)
+    tile = _tile(problem, dy)
+    if tile is None:
+        return dense.conv2d_wgrad(dy, x, index, element_mask, with_bias, grid, geometry)
+    from sparsekern.backends.triton.launch import conv2d_wgrad as sdd
+
+    splits = model.splits(problem, tile, chips.current(dy.device))
+    return sdd.wgrad(dy, x, index, element_mask, with_bias, grid, geometry, tile, splits)
+
+
+def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
+    dtype, capacity = precision(dy.dtype), capacity_of(grid, index)
+    problem = conv_problem("conv2d_block_scores", dtype, grid, geometry, tuple(x.shape), capacity)
+    tile = _tile(problem, dy, fallback=False)
+    assert tile is not None
+    from sparsekern.backends.triton.launch import block_scores as norms
+
+    return dense.without_stored(norms.conv2d_scores(dy, x, grid, geometry, tile), index, grid)
