@@ -277,3 +277,13 @@ def test_convolution_trains_under_autocast_in_a_graph(dtype, monkeypatch):
     torch.testing.assert_close(eager[0], y, rtol=3e-2, atol=3e-2)
     torch.testing.assert_close(eager[1], dx, rtol=5e-2, atol=1e-4)
     torch.testing.assert_close(sparse.layout.to_dense(eager[2]), dw * sparse.mask, rtol=5e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_gpu():
+    """Tensors on a device that is not the current one."""
+    layer, x = training_layer().to("cuda:1"), torch.randn(64, 512, device="cuda:1", dtype=torch.bfloat16)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert y.device == x.grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    torch.testing.assert_close(y, layer.to_dense()(x), rtol=2e-2, atol=2e-2)

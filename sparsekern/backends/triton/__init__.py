@@ -5,6 +5,10 @@ With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests. Triton itself is
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -15,6 +19,9 @@ from sparsekern.backends.triton.problem import Problem, Tile, conv_problem, prec
 from sparsekern.layout import BlockGrid, capacity_of
 
 WANTS_CHANNELS_LAST = True
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def unsupported(desc: OpDesc) -> str | None:
@@ -49,6 +56,21 @@ def _tile(problem: Problem, x: Tensor, fallback: bool = True) -> Tile | None:
     return tiles.choose(problem, chips.current(x.device), fallback and forced() != "triton").tile
 
 
+def _on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Launches go to the device of the first tensor; Triton itself takes the current one."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device  # type: ignore[attr-defined]
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_on_device
 def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid) -> Tensor:
     tile = _tile(problem_of("linear_forward", x, grid, values.shape[0]), x)
     if tile is None:
@@ -58,6 +80,7 @@ def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None
     return linear.forward(x, values, index, bias, grid, tile)
 
 
+@_on_device
 def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
     tile = _tile(problem_of("linear_dgrad", dy, grid, values.shape[0]), dy)
     if tile is None:
@@ -67,6 +90,7 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> 
     return linear.dgrad(dy, values, index, grid, tile)
 
 
+@_on_device
 def linear_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, element_mask: Tensor | None, with_bias: bool, grid: BlockGrid
 ) -> tuple[Tensor, Tensor]:
@@ -80,6 +104,7 @@ def linear_wgrad(
     return sdd.wgrad(dy, x, index, element_mask, with_bias, grid, tile, splits)
 
 
+@_on_device
 def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
     tile = _tile(problem_of("block_scores", dy, grid, capacity_of(grid, index)), dy, fallback=False)
     assert tile is not None
@@ -95,6 +120,7 @@ def _formatted(image: Tensor, channels_last: bool) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@_on_device
 def conv2d_forward(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
 ) -> Tensor:
@@ -107,6 +133,7 @@ def conv2d_forward(
     return _formatted(conv2d.forward(x, values, index, bias, grid, geometry, tile), is_channels_last(x))
 
 
+@_on_device
 def conv2d_dgrad(
     dy: Tensor,
     values: Tensor,
@@ -125,6 +152,7 @@ def conv2d_dgrad(
     return _formatted(conv2d.dgrad(dy, values, index, input_shape, grid, geometry, tile), channels_last)
 
 
+@_on_device
 def conv2d_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -145,6 +173,7 @@ def conv2d_wgrad(
     return sdd.wgrad(dy, x, index, element_mask, with_bias, grid, geometry, tile, splits)
 
 
+@_on_device
 def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
     dtype, capacity = precision(dy.dtype), capacity_of(grid, index)
     problem = conv_problem("conv2d_block_scores", dtype, grid, geometry, tuple(x.shape), capacity)
