@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from sparsekern.backends import choice, native, user_cache
+from sparsekern.backends import ConvGeometry, choice, native, user_cache
 from sparsekern.backends.triton import chips, tiles
-from sparsekern.backends.triton.problem import Problem, precision
+from sparsekern.backends.triton.problem import Problem, conv_problem, precision
 from sparsekern.layout import BlockGrid
 
 AUTO_BLOCKS = (4, 8, 16, 32)
@@ -37,7 +37,7 @@ NEAR_BEST = 0.9  # "near full efficiency" for block="auto"
 WITHOUT_KERNEL = 0.95  # dense compute plus building the weight
 PASSES = 3  # forward, dgrad, wgrad
 ASSUMED_ROWS = 2048  # without an example input: a large batch
-ASSUMED_IMAGE = (32, 16, 16)  # N, H, W
+ASSUMED_IMAGE = (32, 16, 16)  # N, P, Q
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Case:
         x_shape: [..., I] or [N, C, H, W] as the layer sees it.
         positions: rows of the implicit product: M, or N * P * Q.
         geometry: what else distinguishes the call (stride, padding, ...), as text.
+        conv: the same of a convolution, for models; None: stride 1 and padding that keeps the image's size.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Case:
     channels_last: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    conv: ConvGeometry | None = None
 
     def key(self, block: tuple[int, int]) -> str:
         """Identity of a tuned entry."""
@@ -146,8 +148,27 @@ def _linear_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Probl
     return [Problem(op, dtype, block, m, out_features, in_features, nnz) for op in ops]
 
 
+def conv_geometry(case: Case) -> ConvGeometry:
+    """Of a convolution, assumed where the case does not say."""
+    if case.conv is not None:
+        return case.conv
+    top, left = (edge - 1 for edge in case.weight_shape[2:])
+    return ConvGeometry((1, 1), (top // 2, top - top // 2, left // 2, left - left // 2), (1, 1))
+
+
+def _conv_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
+    """The passes of a convolution; linear ones where it is a linear layer over its pixels."""
+    dtype, geometry = precision(getattr(torch, case.dtype)), conv_geometry(case)
+    grid = BlockGrid(case.weight_shape, block, case.groups)
+    ops = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad")
+    return [conv_problem(op, dtype, grid, geometry, case.x_shape, nnz) for op in ops]
+
+
 # Kinds with kernels on a GPU: (case, block, nnz) -> the problems of one training step.
-GPU_KINDS: dict[str, Callable[[Case, tuple[int, int], int], list[Problem]]] = {"linear": _linear_problems}
+GPU_KINDS: dict[str, Callable[[Case, tuple[int, int], int], list[Problem]]] = {
+    "linear": _linear_problems,
+    "conv2d": _conv_problems,
+}
 
 
 def gpu_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem] | None:

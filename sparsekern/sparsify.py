@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import allocation, cost, matching, tracing
-from sparsekern.backends import OpDesc, choice
+from sparsekern.backends import ConvGeometry, OpDesc, choice
 from sparsekern.backends import candidates as backend_candidates
 from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout, as_block
@@ -186,15 +186,19 @@ class Planner:
 
     def case_of(self, c: Candidate) -> cost.Case:
         module, call = c.module, self.calls.get(c.name)
+        conv = None
         if isinstance(module, nn.Conv2d):
             geometry = f"s{module.stride} p{module.padding} d{module.dilation}"
+            (sh, sw), (dh, dw) = module.stride, module.dilation
+            left, right, top, bottom = module._reversed_padding_repeated_twice
+            conv = ConvGeometry((sh, sw), (top, bottom, left, right), (dh, dw))
             if call is not None:
                 x, y = call.x_shape, call.y_shape
                 x = x if len(x) == 4 else (1, *x)
                 positions = math.prod(y) // c.weight_shape[0]
             else:
                 n, h, w = cost.ASSUMED_IMAGE
-                x, positions = (n, c.weight_shape[1] * c.groups, h, w), n * h * w
+                x, positions = (n, c.weight_shape[1] * c.groups, h * sh, w * sw), n * h * w
         else:
             geometry = ""
             rows = math.prod(call.x_shape[:-1]) if call is not None else cost.ASSUMED_ROWS
@@ -208,8 +212,9 @@ class Planner:
             positions,
             geometry,
             call is not None and call.channels_last,
-            str(weight.dtype).removeprefix("torch."),
+            str(_compute_dtype(weight)).removeprefix("torch."),
             weight.device.type,
+            conv,
         )
 
     def _block_for(self, c: Candidate, density: float) -> tuple[int, int]:
@@ -391,6 +396,14 @@ def to_sparse(
     if bias is not None:
         sparse.bias = bias  # the same Parameter: an optimizer that holds it keeps its state
     return sparse
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a layer of this weight computes in: autocast's dtype where that is on, as it converts all but float64."""
+    device = weight.device.type
+    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

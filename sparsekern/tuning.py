@@ -245,8 +245,70 @@ class LinearLaunch:
         return wgrad, lambda: (dy.t() @ x, dy.sum(0) if with_bias else None)
 
 
+class ConvLaunch:
+    """Kernel calls of a convolution on random images in channels_last memory, with the dense ops they stand for."""
+
+    def __init__(self, dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int) -> None:
+        layout = _layout(grid, count, case.device)
+        self.grid, self.index, self.chip = grid, layout.index, chips.current(case.device)
+        self.geometry = cost.conv_geometry(case)
+        n, _, h, w = case.x_shape
+        y_shape = (n, case.weight_shape[0], *self.geometry.output_size(h, w, grid.kernel_size))
+        self.x, self.dy, self.weight = (
+            _random(shape, case).contiguous(memory_format=torch.channels_last)
+            for shape in (case.x_shape, y_shape, case.weight_shape)
+        )
+        self.values = layout.from_dense(self.weight)
+        self.bias = _random((case.weight_shape[0],), case) if getattr(dense, "bias", None) is not None else None
+
+    def __call__(self, problem: Problem) -> tuple[Callable[[Tile], Any], Call]:
+        from sparsekern.backends.triton.launch import conv2d, conv2d_wgrad  # these import Triton
+
+        x, dy, values, index = self.x, self.dy, self.values, self.index
+        grid, geometry, with_bias = self.grid, self.geometry, self.bias is not None
+        if problem.step == "forward":
+            return (
+                lambda tile: conv2d.forward(x, values, index, self.bias, grid, geometry, tile),
+                functools.partial(self._dense, *self._dense_operands()),
+            )
+        operands = [None if operand is None else operand.requires_grad_() for operand in self._dense_operands()]
+        y, (x_dense, *parameters) = self._dense(*operands), operands
+        if problem.step == "dgrad":
+            wanted: list[Tensor | None] = [x_dense]
+
+            def run(tile: Tile) -> Any:
+                return conv2d.dgrad(dy, values, index, tuple(x.shape), grid, geometry, tile)
+
+        else:
+            wanted = parameters
+
+            def run(tile: Tile) -> Any:
+                splits = model.splits(problem, tile, self.chip)
+                return conv2d_wgrad.wgrad(dy, x, index, None, with_bias, grid, geometry, tile, splits)
+
+        inputs = [operand for operand in wanted if operand is not None]
+        return run, lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+    def _dense_operands(self) -> list[Tensor | None]:
+        """x, weight and bias; x is padded beforehand where cuDNN can't, which flatters it."""
+        top, bottom, left, right = self.geometry.padding
+        x = self.x.detach()
+        if (top, left) != (bottom, right):
+            x = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)
+        return [x, self.weight.detach(), None if self.bias is None else self.bias.detach()]
+
+    def _dense(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert x is not None and weight is not None
+        top, bottom, left, right = self.geometry.padding
+        padding = (top, left) if (top, left) == (bottom, right) else (0, 0)
+        return F.conv2d(x, weight, bias, self.geometry.stride, padding, self.geometry.dilation, self.grid.groups)
+
+
 # By kind of layer; a kind of cost.GPU_KINDS needs its entry here.
-LAUNCHES: dict[str, Callable[[nn.Module, cost.Case, BlockGrid, int], Launch]] = {"linear": LinearLaunch}
+LAUNCHES: dict[str, Callable[[nn.Module, cost.Case, BlockGrid, int], Launch]] = {
+    "linear": LinearLaunch,
+    "conv2d": ConvLaunch,
+}
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparsekern import cost
-from sparsekern.backends import native
+from sparsekern.backends import ConvGeometry, native
 from sparsekern.backends.triton import chips, tiles
 
 LINEAR = cost.Case("linear", (1024, 1024), 1, (2048, 1024), 2048)
@@ -72,7 +72,7 @@ WIDE = cost.Case("linear", (4096, 4096), 1, (8192, 4096), 8192, dtype="bfloat16"
 @pytest.fixture
 def on_gpu(monkeypatch):
     def stand_in(op, device, dtype, block):
-        fits = op == "linear" and dtype != torch.float64 and all(edge in (16, 32, 64, 128) for edge in block)
+        fits = dtype != torch.float64 and all(edge in (16, 32, 64, 128) for edge in block)
         return "triton" if fits else "dense"
 
     monkeypatch.setattr(cost, "choice", stand_in)
@@ -113,11 +113,59 @@ def test_gpu_speedups_grow_with_sparsity(on_gpu):
 
 
 def test_what_the_gpu_kernels_cannot_do_never_pays(on_gpu):
-    conv = replace(CONV, device="cuda", dtype="bfloat16")
+    conv = replace(CONV, device="cuda", dtype="float64")
     for case, block in ((conv, 32), (replace(WIDE, dtype="float64"), 32), (WIDE, 8)):
         assert cost.gpu_problems(case, (block, block), 4) is None
         assert not cost.pays(*cost.predict(case, (block, block), 4))
     assert cost.gpu_problems(replace(WIDE, device="cpu"), (32, 32), 4) is None
+
+
+WRN_LAYERS = {  # 3x3 layers of WRN-28-10, a batch of 128
+    channels: cost.Case(
+        "conv2d",
+        (channels, channels, 3, 3),
+        1,
+        (128, channels, edge, edge),
+        128 * edge**2,
+        channels_last=True,
+        dtype="bfloat16",
+        device="cuda",
+        conv=ConvGeometry((1, 1), (1, 1, 1, 1), (1, 1)),
+    )
+    for channels, edge in ((160, 32), (320, 16), (640, 8))
+}
+
+
+@pytest.mark.parametrize("channels", WRN_LAYERS)
+def test_gpu_convolutions_are_predicted_pass_by_pass(on_gpu, channels):
+    case = WRN_LAYERS[channels]
+    problems = cost.gpu_problems(case, (64, 32), 100)
+    assert [p.op for p in problems] == ["conv2d_forward", "conv2d_dgrad", "conv2d_wgrad"]
+    assert {(p.block, p.m, p.source, p.taps, p.capacity) for p in problems} == {
+        ((64, 32), case.positions, case.positions, 9, 100)
+    }
+    for size in (32, 64):
+        speeds = [cost.predict(case, (size, size), slots(case, size, d))[0] for d in (0.05, 0.1, 0.2, 0.5, 1.0)]
+        assert speeds == sorted(speeds, reverse=True)
+        assert 1.8 < speeds[1] < 6 and 1.2 < speeds[2] < 3.5 and speeds[-1] < 1.0
+    assert cost.choose_block(case, 0.1)[0] >= 64
+    assert cost.predict(case, (64, 64), slots(case, 64, 0.1))[1] == "model"
+
+
+def test_gpu_convolutions_follow_their_geometry(on_gpu):
+    case, block = WRN_LAYERS[320], (64, 64)
+    strided = replace(case, conv=ConvGeometry((2, 2), (1, 1, 1, 1), (1, 1)), positions=128 * 64)
+    nnz = slots(case, 64, 0.1)
+    assert [p.m for p in cost.gpu_problems(strided, block, nnz)] == [128 * 64] * 3
+    # dgrad multiplies four times what is stored.
+    assert cost.predict(strided, block, nnz)[0] < cost.predict(case, block, nnz)[0]
+    assert cost.gpu_problems(replace(case, conv=None), block, nnz) == cost.gpu_problems(case, block, nnz)
+    pointwise = replace(
+        case, weight_shape=(320, 320, 1, 1), conv=ConvGeometry((1, 1), (0, 0, 0, 0), (1, 1)), geometry="1x1"
+    )
+    assert [p.op for p in cost.gpu_problems(pointwise, block, 9)] == ["linear_forward", "linear_dgrad", "linear_wgrad"]
+    grouped = replace(case, weight_shape=(320, 80, 3, 3), groups=4)
+    assert {p.groups for p in cost.gpu_problems(grouped, block, 9)} == {4}
 
 
 def test_a_forced_backend_that_cannot_is_no_kernel(monkeypatch):

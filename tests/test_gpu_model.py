@@ -12,8 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparsekern.backends import ConvGeometry
 from sparsekern.backends.triton import chips, model, table, tiles
-from sparsekern.backends.triton.problem import Problem, Tile, accumulator_registers, buffers, precision, shared_bytes
+from sparsekern.backends.triton.problem import (
+    Problem,
+    Tile,
+    accumulator_registers,
+    buffers,
+    conv_problem,
+    precision,
+    shared_bytes,
+)
+from sparsekern.layout import BlockGrid
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHAPE = (8192, 4096, 4096)  # M, O, I
@@ -158,6 +168,139 @@ def test_the_fallback_costs_more_than_dense():
     for op in tiles.OPS:
         p = problem(op)
         assert model.dense_fallback_seconds(p, H200) > model.dense_seconds(p, H200) + H200.launch * 0.99
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+WRN = {160: (128, 160, 32, 32), 320: (128, 320, 16, 16), 640: (128, 640, 8, 8)}  # WRN-28-10: 3x3, as many out as in
+
+
+def conv(op="forward", block=64, density=0.1, x=WRN[320], out=None, kernel=3, stride=1, padding=None, groups=1):
+    block = (block, block) if isinstance(block, int) else block
+    grid = BlockGrid((out or x[1], x[1] // groups, kernel, kernel), block, groups)
+    padding = kernel // 2 if padding is None else padding
+    geometry = ConvGeometry((stride, stride), (padding,) * 4, (1, 1))
+    return conv_problem(f"conv2d_{op}", "bfloat16", grid, geometry, x, max(round(density * grid.blocks), 1))
+
+
+@pytest.mark.parametrize("channels", WRN)
+def test_wide_layers_are_bound_by_memory_at_a_fifth_to_a_twentieth(channels):
+    p = conv(x=WRN[channels])
+    dense = p.dense_flops / (0.75 * 790e12)
+    assert dense == pytest.approx(102e-6, rel=0.01)
+    assert model.dense_seconds(p, H200) == pytest.approx(dense + H200.launch)
+    floor = model._activations(p) / 4.3e12
+    assert floor == pytest.approx({160: 20e-6, 320: 10e-6, 640: 5e-6}[channels], rel=0.05)
+    assert model.work(p, gather(256)).hbm_bytes == pytest.approx(floor * 4.3e12 + 0.1 * p.weight * 2, rel=0.1)
+
+
+def test_convolutions_count_taps_groups_and_pixels():
+    p = conv(block=(32, 64), x=(8, 96, 12, 10), out=80, groups=2, stride=2)
+    assert (p.m, p.source, p.taps, p.groups, p.stride_area) == (8 * 6 * 5, 8 * 12 * 10, 9, 2, 4)
+    assert (p.grid, p.blocks, p.weight) == ((2, 9), 36, 80 * 48 * 9)
+    assert p.density == pytest.approx(p.capacity / 36)
+    assert p.walked == (4, 9)
+    back = replace(p, op="conv2d_dgrad")
+    assert (back.walked, back.edges, back.outputs, back.phases) == ((2, 18), (64, 32), p.source, 4)
+    assert conv(x=(8, 64, 12, 12), kernel=1, stride=2).image == 8 * 6 * 6  # the other pixels are not read
+    assert conv("dgrad", x=(8, 64, 12, 12), kernel=1, stride=2).image == 8 * 12 * 12  # but written
+    assert conv(x=(8, 64, 2, 2), kernel=5, padding=0).m == 0
+
+
+@pytest.mark.parametrize("op", ["forward", "dgrad", "wgrad", "block_scores"])
+def test_pointwise_convolutions_are_linear(op):
+    p = conv(op, x=(4, 64, 6, 5), out=96, kernel=1)
+    assert p == Problem(op if op == "block_scores" else f"linear_{op}", "bfloat16", (64, 64), 120, 96, 64, p.capacity)
+    for change in ({"stride": 2}, {"padding": 1}, {"groups": 2}):
+        assert conv(op, x=(4, 64, 6, 6), out=96, kernel=1, **change).kind == "conv2d"
+
+
+@pytest.mark.parametrize("op", ["forward", "dgrad", "wgrad", "block_scores"])
+def test_a_full_convolution_multiplies_what_the_dense_one_does(op):
+    p = conv(op, density=1.0, x=(128, 128, 16, 16), out=256)
+    for tile in tiles.candidates(p, 90):
+        work = model.work(p, tile)
+        assert work.flops >= p.stored_flops
+        assert work.flops == pytest.approx(p.dense_flops, rel=0.01 if op != "wgrad" else 0.35)  # 18 blocks in panels
+        assert work.hbm_bytes >= (p.source * 128 + p.m * 256) * 2
+
+
+def test_strided_dgrad_multiplies_every_tap_in_every_phase():
+    plain, strided = conv("dgrad", x=(64, 128, 32, 32)), conv("dgrad", x=(64, 128, 32, 32), stride=2)
+    assert (strided.m, strided.source) == (plain.m // 4, plain.m)
+    one, other = (model.work(p, gather(256)) for p in (plain, strided))
+    assert strided.stored_flops == plain.stored_flops / 4
+    assert one.flops == pytest.approx(plain.stored_flops)
+    assert other.flops == pytest.approx(4 * strided.stored_flops)
+    assert other.programs == one.programs
+    # A tile of dy per stored block in one phase of four, weights in all of them.
+    per_block = strided.m / 256 * strided.capacity * 64 * 2
+    assert other.l2_bytes == pytest.approx(per_block * (256 + 4 * 64))
+    forward = model.work(conv(x=(64, 128, 32, 32), stride=2), gather(256))
+    assert forward.flops == pytest.approx(strided.stored_flops)
+    for tile in tiles.candidates(strided, 90):
+        assert model.seconds(strided, tile, H200) > model.seconds(conv(x=(64, 128, 32, 32), stride=2), tile, H200)
+
+
+@pytest.mark.parametrize("op", ["forward", "dgrad", "wgrad", "block_scores"])
+def test_groups_are_convolutions_side_by_side(op):
+    two = conv(op, density=0.25, x=(32, 256, 16, 16), groups=2)
+    one = conv(op, density=0.25, x=(32, 128, 16, 16))
+    assert (two.capacity, two.dense_flops) == (2 * one.capacity, 2 * one.dense_flops)
+    for tile in tiles.candidates(two, 90):
+        a, b = model.work(two, tile), model.work(one, tile)
+        assert [a.programs, a.flops, a.l2_bytes] == pytest.approx([2 * b.programs, 2 * b.flops, 2 * b.l2_bytes])
+        assert a.stages == pytest.approx(b.stages) and a.hbm_bytes == pytest.approx(2 * b.hbm_bytes)
+
+
+@pytest.mark.parametrize("op", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("chip", chips.names())
+def test_more_blocks_of_a_convolution_never_take_less(op, stride, chip):
+    chip = chips.get(chip)
+    for block in (16, (32, 64), 128):
+        times = []
+        for density in (0.02, 0.1, 0.3, 0.8, 1.0):
+            p = conv(op, block, density, stride=stride)
+            times.append([model.seconds(p, tile, chip) for tile in tiles.candidates(p, chip.arch)])
+            assert all(0 < model.efficiency(p, tile, chip) <= 1 for tile in tiles.candidates(p, chip.arch))
+        for sparser, denser in itertools.pairwise(times):
+            assert all(a <= b * (1 + 1e-9) for a, b in zip(sparser, denser))
+
+
+def test_pixels_are_cut_into_chunks_where_blocks_are_few():
+    p = conv("wgrad", 64, 0.1, x=WRN[160])
+    assert model.splits(p, panel(4), H200) > 4
+    assert tiles.choose(replace(p, m=0, source=0), H200, fallback=False).seconds < 1
+
+
+def test_convolutions_load_by_pointers_alone():
+    for op in tiles.CONV_OPS:
+        p = replace(conv(), op=op)
+        assert {tile.variant for tile in tiles.candidates(p, 90)} <= {"gather", "panel", "scores"}
+    fit = tiles.candidates(conv(block=128), 90)[0]
+    assert "variant" in tiles.why_not(conv(block=128), replace(fit, variant="tma"), 90)
+
+
+def test_tuned_convolutions_are_told_apart_by_taps_groups_and_strides():
+    p = conv(x=(64, 256, 16, 16))
+    tile = Tile("gather", 64, 64, 1, 4, 4)
+    table.remember("h200", p, tile, 40e-6, 100e-6)
+    table.save("h200")
+    table.reload()
+    chosen = tiles.choose(p, H200)
+    assert (chosen.tile, chosen.source, chosen.seconds) == (tile, "tuned", pytest.approx(40e-6))
+    near = conv(x=(128, 256, 16, 16))
+    assert tiles.choose(near, H200).source == "tuned"
+    assert tiles.choose(near, H200).seconds == pytest.approx(
+        40e-6 * model.seconds(near, tile, H200) / model.seconds(p, tile, H200)
+    )
+    others = ({"stride": 2, "x": (64, 256, 32, 32)}, {"kernel": 5}, {"groups": 2})
+    for change in others:
+        assert tiles.choose(conv(**{"x": (64, 256, 16, 16), **change}), H200).source == "model"
+    assert tiles.choose(conv("dgrad", x=(64, 256, 16, 16)), H200).source == "model"
+    del table.tuned("h200")[table.key(p)]["source"]
+    assert not list(table.lookup("h200", p))
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

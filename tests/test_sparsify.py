@@ -11,7 +11,9 @@ from torch.nn.utils import parametrize, prune
 
 import sparsekern as sk
 from sparsekern import cost
+from sparsekern.backends import ConvGeometry
 from sparsekern.models import build
+from sparsekern.sparsify import Planner
 
 FORCED = {"below_break_even": "sparse"}
 
@@ -394,3 +396,31 @@ def test_config_errors(kwargs, message):
 def test_unknown_allocation_lists_the_known_ones():
     with pytest.raises(ValueError, match="erk"):
         sk.plan(mlp(), sk.SparsityConfig(allocation="fancy"))
+
+
+# -- what the cost model is told ---------------------------------------------------------------------------------------
+
+
+def cases_of(model, x=None):
+    planner = Planner(model, sk.SparsityConfig(sparsity=0.8, block=4), None, None, x, None, None)
+    planner.plan()
+    return {c.name: planner.case_of(c) for c in planner.candidates}
+
+
+def test_autocast_layers_are_costed_in_its_dtype():
+    assert {case.dtype for case in cases_of(mlp()).values()} == {"float32"}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {case.dtype for case in cases_of(mlp()).values()} == {"bfloat16"}
+        assert {case.dtype for case in cases_of(mlp().double()).values()} == {"float64"}
+        with torch.autocast("cpu", enabled=False):
+            assert {case.dtype for case in cases_of(mlp()).values()} == {"float32"}
+
+
+def test_convolutions_are_costed_with_their_geometry():
+    cases = cases_of(convnet(), IMAGES)
+    assert cases["3"].conv == ConvGeometry((2, 2), (1, 1, 1, 1), (1, 1))
+    assert (cases["3"].x_shape, cases["3"].positions) == ((4, 32, 12, 12), 4 * 36)
+    assert cases_of(convnet())["3"].x_shape == (32, 32, 32, 32)  # twice the assumed output
+    uneven = cases_of(nn.Sequential(nn.Conv2d(32, 32, (4, 3), padding="same", dilation=(1, 2)), nn.Conv2d(32, 32, 1)))
+    assert uneven["0"].conv == ConvGeometry((1, 1), (1, 2, 2, 2), (1, 2))
+    assert cases_of(mlp())["0"].conv is None

@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern import cost, tuning
+from sparsekern.backends import ConvGeometry
 from sparsekern.backends.triton import chips, table, tiles
 from sparsekern.layout import BlockGrid
 
@@ -181,6 +182,35 @@ def test_linear_launches_compute_the_layer():
     passes = [tiles.Problem(op, "float32", (16, 16), 8, 48, 32, 3) for op in tiles.OPS[:3]]
     y, dx, (dw, dbias) = (launch(p)[1]() for p in passes)
     assert (y.shape, dx.shape, dw.shape, dbias.shape) == ((8, 48), (8, 32), (48, 32), (48,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x_shape"),
+    [
+        (nn.Conv2d(32, 48, 3, padding="same"), (2, 32, 6, 5)),
+        (nn.Conv2d(32, 48, 3, stride=2, padding=1, groups=2, bias=False), (2, 32, 7, 6)),
+        (nn.Conv2d(32, 48, 1), (2, 32, 4, 4)),
+        (nn.Conv2d(32, 48, (2, 4), padding="same"), (2, 32, 6, 5)),
+    ],
+)
+def test_convolution_launches_compute_the_layer(layer, x_shape):
+    pytest.importorskip("triton")
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    geometry = ConvGeometry(layer.stride, (top, bottom, left, right), layer.dilation)
+    case = cost.Case("conv2d", tuple(layer.weight.shape), layer.groups, x_shape, 0, conv=geometry)
+    grid = BlockGrid(case.weight_shape, (16, 16), layer.groups)
+    launch = tuning.ConvLaunch(layer, case, grid, 3)
+    y_shape = (x_shape[0], 48, *geometry.output_size(*x_shape[2:], layer.kernel_size))
+    for p in cost.GPU_KINDS["conv2d"](case, (16, 16), 3):
+        run, dense = launch(p)
+        found, expected = run(tiles.candidates(p, 90)[-1]), dense()
+        if p.step == "forward":
+            assert found.shape == expected.shape == y_shape
+        elif p.step == "dgrad":
+            assert found.shape == x_shape and len(expected) == 1
+        else:
+            assert found[0].shape == (3, 16, 16)
+            assert [g.shape for g in expected] == [p.shape for p in layer.parameters()]
 
 
 @pytest.mark.gpu

@@ -152,7 +152,8 @@ def conv_problem(
         capacity: block slots.
     """
     n, c, h, w = x_shape
-    (p, q), out_features = geometry.output_size(h, w, grid.kernel_size), grid.weight_shape[0]
+    p, q = (max(size, 0) for size in geometry.output_size(h, w, grid.kernel_size))
+    out_features = grid.weight_shape[0]
     if is_linear(grid, geometry):
         op = "block_scores" if op == "conv2d_block_scores" else op.replace("conv2d", "linear")
         return Problem(op, dtype, grid.block, n * h * w, out_features, c, capacity)

@@ -50,6 +50,8 @@ MOST_ACCUMULATORS = 128  # registers of one thread; more spill
 # Where operands pass through registers as well (mma.sync). With 128, kernels for sm_80 spilled: wgrad 96 bytes, forward
 # in tf32 40, with 4 warps 8, dgrad in 16 bits with Triton 3.6 64; forward in 16 bits with 8 warps just fits. On sm_100
 # the accumulators lie in memory of their own, but in registers at the end: "gather" and "union" spilled 32 to 1052.
+# Convolutions hold addresses per row of pixels as well: with 128, forward and dgrad for sm_80 spilled 272 to 380 bytes,
+# wgrad with 64 and 4 warps 24.
 PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
 
@@ -166,7 +168,9 @@ def _scores(problem: Problem) -> Iterator[Tile]:
 def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
     """With as many stages as the architecture has shared memory for, two buffers at least, and warps enough for its
     registers."""
-    if _cramped(tile, arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
+    registers = accumulator_registers(problem, tile)
+    full = problem.op == "conv2d_wgrad" and registers == PLAIN_ACCUMULATORS
+    if _cramped(tile, arch) and (full or registers > PLAIN_ACCUMULATORS):
         tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
     while buffers(problem, tile, arch) > 2 and shared_bytes(problem, tile, arch) > limit:
@@ -214,7 +218,7 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if (shared := shared_bytes(problem, tile, arch)) > limit:
         return f"shared memory: {shared} bytes, the limit is {limit}"
     registers = accumulator_registers(problem, tile)
-    sixteen = problem.itemsize == 2 and tile.variant != "panel" and problem.op != "linear_dgrad"
+    sixteen = problem.itemsize == 2 and (problem.op == "linear_forward" or problem.step == "scores")
     roomy = not _cramped(tile, arch) or (sixteen and not warpgroups(arch))
     most = MOST_ACCUMULATORS if roomy else PLAIN_ACCUMULATORS
     if registers > most:
