@@ -81,7 +81,9 @@ class Row:
     def efficiency(self) -> float:
         """Predicted by the model for the table's call."""
         chip = chips.get(CHIP.get(self.arch, f"sm{self.arch}"))
-        standard = replace(self.problem, m=TOKENS, out_features=FEATURES, in_features=FEATURES).at_density(DENSITY)
+        p = self.problem
+        pixels = TOKENS * p.stride_area if p.kind == "conv2d" else 0
+        standard = replace(p, m=TOKENS, out_features=FEATURES, in_features=FEATURES, source=pixels).at_density(DENSITY)
         return model.efficiency(standard, self.tile, chip)
 
 
@@ -98,7 +100,7 @@ def small_copies(problem: Problem, tile: Tile, arch: int) -> bool:
     """Whether operands may come by 4 bytes: ``wgmma`` and ``tcgen05`` want the reduction along the rows of TF32
     operands, so one that lies the other way is transposed on its way to shared memory."""
     transposing = expected_unit(problem, tile, arch) in ("wgmma", "tcgen05")
-    return problem.dtype == "tf32" and problem.op != "linear_forward" and transposing
+    return problem.dtype == "tf32" and problem.step != "forward" and transposing
 
 
 def problems(row: Row) -> tuple[str, ...]:
