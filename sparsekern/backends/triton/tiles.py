@@ -51,7 +51,7 @@ MOST_ACCUMULATORS = 128  # registers of one thread; more spill
 # in tf32 40, with 4 warps 8, dgrad in 16 bits with Triton 3.6 64; forward in 16 bits with 8 warps just fits. On sm_100
 # the accumulators lie in memory of their own, but in registers at the end: "gather" and "union" spilled 32 to 1052.
 # Convolutions hold addresses per row of pixels as well: with 128, forward and dgrad for sm_80 spilled 272 to 380 bytes,
-# wgrad with 64 and 4 warps 24.
+# and in tf32 for sm_90 508.
 PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
 
@@ -168,9 +168,7 @@ def _scores(problem: Problem) -> Iterator[Tile]:
 def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
     """With as many stages as the architecture has shared memory for, two buffers at least, and warps enough for its
     registers."""
-    registers = accumulator_registers(problem, tile)
-    full = problem.op == "conv2d_wgrad" and registers == PLAIN_ACCUMULATORS
-    if _cramped(tile, arch) and (full or registers > PLAIN_ACCUMULATORS):
+    if _cramped(problem, tile, arch) and accumulator_registers(problem, tile) > PLAIN_ACCUMULATORS:
         tile = replace(tile, warps=8)
     limit = chips.shared_limit(arch) - SHARED_RESERVE
     while buffers(problem, tile, arch) > 2 and shared_bytes(problem, tile, arch) > limit:
@@ -178,8 +176,10 @@ def _fitted(problem: Problem, tile: Tile, arch: int) -> Tile:
     return tile
 
 
-def _cramped(tile: Tile, arch: int) -> bool:
+def _cramped(problem: Problem, tile: Tile, arch: int) -> bool:
     """Whether registers hold more than accumulators and addresses."""
+    if tile.variant == "gather" and problem.kind == "conv2d" and problem.itemsize == 4:
+        return True
     return not warpgroups(arch) or (arch >= 100 and tile.variant in ("gather", "union"))
 
 
@@ -207,6 +207,9 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
             return f"panel: expected 1, got {tile.panel}"
     elif tile.variant == "panel" and not (tile.panel & (tile.panel - 1) == 0 and 16 <= tile.panel * bi <= 256):
         return f"panel: expected a power of two with {bi} x panel <= 256, got {tile.panel}"
+    elif problem.op == "conv2d_wgrad" and not warpgroups(arch) and bo == 32 and tile.panel * bi == 256:
+        # 24 bytes with 4 warps, 52 with 8; panels of 16 or 64 outputs are as wide and spill nothing.
+        return "panel: 256 inputs by 32 outputs spill"
     elif tile.variant == "scores" and (tile.panel % bi or score_outputs(problem.block) % bo):
         return f"panel: expected a multiple of {bi}, got {tile.panel}"
     elif tile.variant == "scores" and arch == 90 and tile.warps == 8 and bi in (32, 64) and problem.dtype != "float32":
@@ -219,7 +222,7 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
         return f"shared memory: {shared} bytes, the limit is {limit}"
     registers = accumulator_registers(problem, tile)
     sixteen = problem.itemsize == 2 and (problem.op == "linear_forward" or problem.step == "scores")
-    roomy = not _cramped(tile, arch) or (sixteen and not warpgroups(arch))
+    roomy = not _cramped(problem, tile, arch) or (sixteen and not warpgroups(arch))
     most = MOST_ACCUMULATORS if roomy else PLAIN_ACCUMULATORS
     if registers > most:
         return f"registers: {registers:.0f} accumulators per thread, the limit is {most}"
