@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,67 @@ def remember(figures: dict[str, Any]) -> str:
     return f"kept for {chip_name()}: {', '.join(figures)}"
 
 
+_LAUNCHES = {
+    "linear": ("forward", "dgrad"),
+    "linear_wgrad": ("wgrad",),
+    "conv2d": ("forward", "dgrad"),
+    "conv2d_wgrad": ("wgrad",),
+}
+Launch = Callable[[], object]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, Launch]]]:
+    """The kernel launches that calls within the context come down to, each ready to be made again by itself.
+
+    They are those of the Triton backend, or of the dense backend where that was chosen: ``("linear.forward", call)``.
+    """
+    launches: list[tuple[str, Launch]] = []
+    with contextlib.ExitStack() as undo:
+        found = {name: _module(f"launch.{name}") for name in _LAUNCHES}
+        wrapped = [(module, f, f"{name}.{f}") for name, module in found.items() if module for f in _LAUNCHES[name]]
+        dense = importlib.import_module("sparsekern.backends.dense")
+        wrapped += [
+            (dense, f"{op}_{f}", f"dense {op}.{f}")
+            for op in ("linear", "conv2d")
+            for f in ("forward", "dgrad", "wgrad")
+        ]
+        for module, function, name in wrapped:
+            original = getattr(module, function, None)
+            if original is not None:
+                undo.callback(setattr, module, function, original)
+                setattr(module, function, _recording(launches, name, original))
+        yield launches
+
+
+def _recording(launches: list[tuple[str, Launch]], name: str, original: Callable[..., object]) -> Callable[..., object]:
+    def call(*args: Any, **more: Any) -> object:
+        launches.append((name, functools.partial(original, *args, **more)))
+        return original(*args, **more)
+
+    return call
+
+
+def tile_of(launch: Launch) -> Any:
+    """The tile among a recorded launch's arguments as plain data, None where there is none."""
+    assert isinstance(launch, functools.partial)
+    given = (*launch.args, *launch.keywords.values())
+    return next((dataclasses.asdict(a) for a in given if type(a).__name__ == "Tile"), None)
+
+
+def launched(call: Callable[[], object]) -> dict[str, Any]:
+    """The tiles with which a call's kernels are launched: {launch: tile}."""
+    with recorded() as launches:
+        call()
+    return {name: tile_of(launch) for name, launch in launches}
+
+
 def choices(problem: Problem, pass_: str, fallback: bool) -> dict[str, Any]:
     """The tile that the Triton backend takes for each op of a pass, where it comes from, and the times it expects."""
     tiles, facts, chips = _module("tiles"), _module("problem"), _module("chips")
-    if tiles is None or facts is None or chips is None or problem.op != "linear":
+    if problem.op != "linear":
+        return {name: {"tile": tile} for name, tile in launched(problem.calls(pass_).sparse).items()}
+    if tiles is None or facts is None or chips is None:
         return {}
     out: dict[str, Any] = {}
     for op in ("forward", "dgrad", "wgrad") if pass_ == "step" else (pass_,):

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.shapes import BLOCKS_GPU, CONV_GPU, LINEAR_GPU, LINEAR_GPU_MORE
+from benchmarks.shapes import BLOCKS_GPU, CONV_GPU_SETS, LINEAR_GPU, LINEAR_GPU_MORE
 
 # Test files in the order of doubt: kernels that no GPU has seen come first. Paths that do not exist are left out.
 TESTS_FIRST = ("tests/test_triton_gpu.py", "tests/test_triton_linear.py", "tests/test_triton_conv2d.py", "tests/triton")
 TESTS_REST = ("tests",)
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 RESULT = "{result}"  # stands for the file a chunk writes
+LOGS = "{logs}"  # stands for a folder for more output than one log
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Chunk:
     """One subprocess.
 
     Attributes:
-        command: arguments of Python; ``{result}`` stands for the file to write.
+        command: arguments of Python; ``{result}`` stands for the file to write, ``{logs}`` for a folder of logs.
         result: name of that file in the output folder, "" for none.
         rows: whether it holds rows that the report reads.
         timeout_s: longest it may take.
@@ -64,7 +65,9 @@ class Settings:
         triton: whether the Triton backend is there to be forced.
         conv2d: why the Triton backend has no convolution, or "".
         tests: pytest arguments instead of the usual chunks of tests.
-        workers: processes that share a chunk of tests, which mostly wait for compilers; 0 for one without pytest-xdist.
+        workers: processes that share a chunk of tests, which mostly wait for compilers; 0 for no sharing.
+        xdist: whether pytest-xdist shares them out, else ``benchmarks.shards``.
+        data: folder of CIFAR-10 (or several, commas between), "" for none.
     """
 
     device: str = "cuda"
@@ -72,6 +75,8 @@ class Settings:
     conv2d: str = ""
     tests: tuple[str, ...] = ()
     workers: int = 0
+    xdist: bool = False
+    data: str = ""
     root: Path = field(default_factory=lambda: Path(__file__).resolve().parent.parent)
 
     @property
@@ -86,13 +91,17 @@ def plan(settings: Settings) -> list[Chunk]:
         *_tests(settings),
         *_probes(settings),
         *_gates(settings),
+        *_conv_gates(settings),
+        *_nets(settings),
         _module("tune", "benchmarks.tune", settings, {}, timeout_s=360, estimate_s=250),
         *_full(settings),
+        _module("overheads", "benchmarks.overheads", settings, _default(settings), timeout_s=240, estimate_s=60),
+        *_accuracy(settings),
         *_peers(settings),
         *_convolutions(settings),
     ]
     if settings.rehearsal:
-        return [replace(chunk, estimate_s=10.0, timeout_s=120.0) for chunk in chunks]
+        return [replace(chunk, estimate_s=15.0, timeout_s=200.0) for chunk in chunks]
     return chunks
 
 
@@ -104,6 +113,11 @@ def _forced(settings: Settings) -> dict[str, str | None]:
 def _chosen(settings: Settings) -> dict[str, str | None]:
     """The backend that sparsekern chooses."""
     return {"SPARSEKERN_BACKEND": None}
+
+
+def _default(settings: Settings) -> dict[str, str | None]:
+    """As dispatched on a GPU; a rehearsal forces Triton."""
+    return _forced(settings) if settings.rehearsal else _chosen(settings)
 
 
 def _module(
@@ -121,24 +135,27 @@ def _module(
 
 
 def _tests(settings: Settings) -> list[Chunk]:
+    options: tuple[str, ...] = ("-o", "faulthandler_timeout=120", "--maxfail=30")
     if settings.rehearsal:
-        only: tuple[str, ...] = ("--collect-only",)
-    else:
-        shared = ("-n", str(settings.workers)) if settings.workers else ()
-        only = ("-o", "faulthandler_timeout=120", "--maxfail=30", *shared)
+        options = ("--collect-only",)
+
+    def chunk(name: str, *paths: str, timeout_s: float, estimate_s: float) -> Chunk:
+        command: tuple[str, ...] = (*PYTEST, *options, *paths)
+        if settings.workers and not settings.rehearsal:
+            workers = str(settings.workers)
+            shared = ("-m", "benchmarks.shards", workers, LOGS, "--", *PYTEST[2:])
+            command = (*PYTEST, "-n", workers, *options, *paths) if settings.xdist else (*shared, *options, *paths)
+        return Chunk(name, command, timeout_s=timeout_s, estimate_s=estimate_s, empty_ok=True)
+
     if settings.tests:
-        return [Chunk("tests", (*PYTEST, *only, *settings.tests), timeout_s=420, estimate_s=180, empty_ok=True)]
+        return [chunk("tests", *settings.tests, timeout_s=420, estimate_s=180)]
+    if settings.rehearsal:
+        return [chunk("tests-gpu", *TESTS_REST, timeout_s=120, estimate_s=15)]
     first = [path for path in TESTS_FIRST if (settings.root / path).exists()]
     rest = ["-m", "gpu", "--continue-on-collection-errors", *(f"--ignore={path}" for path in first), *TESTS_REST]
-    doubtful = [
-        Chunk(
-            Path(path).stem.replace("test_", "tests-").replace("_", "-"),
-            (*PYTEST, *only, path),
-            **{"timeout_s": 400, "estimate_s": 120, "empty_ok": True},
-        )
-        for path in first
-    ]
-    return [*doubtful, Chunk("tests-gpu", (*PYTEST, *only, *rest), timeout_s=300, estimate_s=60, empty_ok=True)]
+    names = [Path(path).stem.replace("test_", "tests-").replace("_", "-") for path in first]
+    doubtful = [chunk(name, path, timeout_s=400, estimate_s=120) for name, path in zip(names, first, strict=True)]
+    return [*doubtful, chunk("tests-gpu", *rest, timeout_s=300, estimate_s=60)]
 
 
 def _probes(settings: Settings) -> list[Chunk]:
@@ -243,19 +260,84 @@ def _peers(settings: Settings) -> list[Chunk]:
     ]
 
 
-def _convolutions(settings: Settings) -> list[Chunk]:
+def _conv_rows(
+    name: str, settings: Settings, suite: str, env: dict[str, str | None], estimate_s: float, *arguments: str
+) -> Chunk:
+    return _rows(name, suite, arguments, settings, env, file="test_conv2d", estimate_s=estimate_s, skip=settings.conv2d)
+
+
+def _conv_gates(settings: Settings) -> list[Chunk]:
+    """Kernels forced on the 3x3 layers of WRN-28-10, a chunk per block."""
     if settings.rehearsal:
-        return [_rows("conv2d", "gpu-full", (), settings, _forced(settings), file="test_conv2d", skip=settings.conv2d)]
+        return [_conv_rows("conv-gate", settings, "gpu-gate", _forced(settings), 0, "--sk-passes", "forward,wgrad")]
     return [
-        _rows(
-            f"conv2d-{shape.c}",
-            "gpu-full",
-            ("--sk-shapes", shape.name),
+        _conv_rows(f"conv-gate-{block}", settings, "gpu-gate", _forced(settings), 90, "--sk-blocks", str(block))
+        for block in (64, 32)
+    ]
+
+
+def _convolutions(settings: Settings) -> list[Chunk]:
+    """As dispatched: WRN-28-10 by blocks; then where its stages change, ResNet-50, VGG; the other blocks last."""
+    if settings.rehearsal:
+        return [_conv_rows("conv-full", settings, "gpu-full", _forced(settings), 0, "--sk-passes", "step")]
+    names = {kind: ",".join(shape.name for shape in shapes) for kind, shapes in CONV_GPU_SETS.items()}
+
+    def rows(name: str, kind: str, blocks: str, estimate_s: float, *arguments: str) -> Chunk:
+        chosen = ("--sk-shapes", names[kind], "--sk-blocks", blocks, *arguments)
+        return _conv_rows(name, settings, "gpu-full", _chosen(settings), estimate_s, *chosen)
+
+    passes = ("--sk-passes", "forward,step")
+    return [
+        *(rows(f"conv-wrn-{block}", "wrn", str(block), 90) for block in (64, 32)),
+        rows("conv-changes", "changes", "64,32", 100, *passes),
+        rows("conv-resnet", "resnet", "64,32", 120, *passes),
+        rows("conv-vgg", "vgg", "64,32", 110, *passes),
+        *(rows(f"conv-wrn-{block}", "wrn", str(block), 90) for block in (128, 16)),
+        *(
+            rows(f"conv-{kind}-more", kind, "128,16", 60, "--sk-passes", "step", "--sk-sparsities", "90")
+            for kind in ("changes", "resnet", "vgg")
+        ),
+    ]
+
+
+def _nets(settings: Settings) -> list[Chunk]:
+    """Whole nets as dispatched, a chunk per net and mode; compiled nets take longest."""
+    estimates = {"eager": 170, "graph": 110, "compile": 230}
+    if settings.rehearsal:
+        nets: tuple[str, ...] = ("toy",)
+    else:
+        nets = ("wrn-28-10", "resnet50", "vgg16-wide")
+    return [
+        _module(
+            f"net-{net}-{mode}",
+            "benchmarks.nets",
             settings,
             _chosen(settings),
-            file="test_conv2d",
-            estimate_s=70,
-            skip=settings.conv2d,
+            ("--net", net, "--mode", mode),
+            timeout_s=300,
+            estimate_s=estimate,
         )
-        for shape in CONV_GPU
+        for net in nets
+        for mode, estimate in estimates.items()
+    ]
+
+
+def _accuracy(settings: Settings) -> list[Chunk]:
+    """A dense and a sparse net trained for equally many epochs; the dense one is timed and planned first."""
+    data = ("--data", settings.data) if settings.data else ()
+    skip = "" if data or settings.rehearsal else "no data: give the folder of CIFAR-10 with --data"
+    return [
+        replace(
+            _module(
+                f"cifar-{contender}",
+                "benchmarks.accuracy",
+                settings,
+                _chosen(settings),
+                ("--contender", contender, *data),
+                timeout_s=420,
+                estimate_s=300 if contender == "dense" else 240,
+            ),
+            skip=skip,
+        )
+        for contender in ("dense", "sparse")
     ]

@@ -96,6 +96,7 @@ def device(request: pytest.FixtureRequest) -> str:
         raise pytest.UsageError(
             "--sk-device cuda: no CUDA device here; pass --sk-device cpu to rehearse the gpu suites"
         )
+    torch.backends.cudnn.benchmark = found == "cuda"  # dense convolutions at their best
     return str(found)
 
 

@@ -33,8 +33,8 @@ def wall_seconds(call: Callable[[], object], rounds: int = WALL_ROUNDS) -> float
     return statistics.median(samples)
 
 
-def graph_seconds(call: Callable[[], object], timer: Timer, rounds: int = GRAPH_ROUNDS) -> float:
-    """Median device seconds of replaying ``call`` captured in a CUDA graph, L2 cold.
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """``call`` as a CUDA graph; what comes back replays it.
 
     Raises:
         RuntimeError: the call can't be captured (it waits for the device, say).
@@ -51,7 +51,19 @@ def graph_seconds(call: Callable[[], object], timer: Timer, rounds: int = GRAPH_
         call()
     graph.replay()
     torch.cuda.synchronize()
-    return statistics.median(sample(timer, graph.replay, 1) for _ in range(rounds))
+    return graph.replay
+
+
+def graph_seconds(call: Callable[[], object], timer: Timer, rounds: int = GRAPH_ROUNDS) -> float:
+    """Median device seconds of replaying ``call`` captured in a CUDA graph, L2 cold."""
+    replay = captured(call)
+    return statistics.median(sample(timer, replay, 1) for _ in range(rounds))
+
+
+def synchronize(device: str) -> None:
+    """Wait for the work handed to a device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

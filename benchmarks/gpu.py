@@ -7,6 +7,7 @@ the same folder stopped, each piece is a process of its own, and ``--budget-s`` 
     python -m benchmarks.gpu --fetch-wheels wheels       on a machine with network: packages for the one without
     python -m benchmarks.gpu --wheels wheels             on the GPU
     python -m benchmarks.gpu --budget-s 540 --archive gpu.tar.gz    a slice of 9 minutes that takes its past along
+    python -m benchmarks.gpu --plan                      how a run divides into such slices
     python -m benchmarks.gpu --dry-run                   every step on Triton's interpreter, on a CPU
 """
 
@@ -34,7 +35,8 @@ from benchmarks.runner import Budget, State, StateError
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ".site"  # packages from --wheels, inside the output folder
 
-_NOT_KEPT = (SITE, ".gitignore", "cache", "logs", ".*.part*")  # of the output folder, in the repository
+TRAINING = "training"  # checkpoints of the nets trained there
+_NOT_KEPT = (SITE, ".gitignore", "cache", "logs", TRAINING, ".*.part*")  # of the output folder, in the repository
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +51,16 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="skip finished chunks (the default)"
     )
     parser.add_argument("--list", action="store_true", help="show the plan and what is done, run nothing")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        type=float,
+        const=540.0,
+        metavar="SECONDS",
+        help="show slices of so many (540), run nothing",
+    )
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU with tiny sizes")
+    parser.add_argument("--data", help="folder of CIFAR-10, or several with commas between, to train on")
     parser.add_argument("--tests", help="arguments of pytest for one chunk of tests, instead of the usual ones")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for this run (default: .whl if there)")
     parser.add_argument("--fetch-wheels", type=Path, metavar="DIR", help="download those wheels into DIR, and stop")
@@ -68,10 +79,16 @@ def settings_of(want: argparse.Namespace) -> Settings:
 
     device = "cpu" if want.dry_run else "cuda"
     tests = tuple(want.tests.split()) if want.tests else ()
-    xdist = importlib.util.find_spec("xdist") is not None
-    workers = min(8, (os.cpu_count() or 1) // 2) if xdist else 0
+    common: dict[str, Any] = {
+        "workers": min(8, (os.cpu_count() or 1) // 2),
+        "xdist": importlib.util.find_spec("xdist") is not None,
+        "data": ",".join(str(Path(part).resolve()) for part in want.data.split(",")) if want.data else "",
+        "tests": tests,
+    }
+    if want.plan is not None and not torch.cuda.is_available() and not want.dry_run:
+        return Settings(device, **common)  # as on a machine that has a GPU
     if "triton" not in NAMES:
-        return Settings(device, triton=False, conv2d="there is no Triton backend", tests=tests, workers=workers)
+        return Settings(device, triton=False, conv2d="there is no Triton backend", **common)
 
     def refusal(op: str) -> str:
         try:
@@ -82,7 +99,7 @@ def settings_of(want: argparse.Namespace) -> Settings:
     linear = refusal("linear")
     if linear:
         print(f"the Triton backend is not used: {linear}")
-    return Settings(device, triton=not linear, conv2d=linear or refusal("conv2d"), tests=tests, workers=workers)
+    return Settings(device, triton=not linear, conv2d=linear or refusal("conv2d"), **common)
 
 
 def chosen(chunks: list[Chunk], only: str | None) -> list[Chunk]:
@@ -148,6 +165,8 @@ def default_out(rehearsal: bool) -> Path:
 
     if rehearsal:
         return ROOT / "runs" / "gpu-rehearsal"
+    if not torch.cuda.is_available():
+        return ROOT / "runs" / "gpu-plan"
     return ROOT / "benchmarks" / "results" / slug(torch.cuda.get_device_name(0))
 
 
@@ -159,12 +178,12 @@ def unpack(archive: Path, out: Path) -> None:
 
 
 def pack(archive: Path, out: Path) -> None:
-    """The output folder without installed packages, replaced in one step."""
+    """The output folder without installed packages and checkpoints, replaced in one step."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(f".{archive.name}.part")
     with tarfile.open(part, "w:gz") as content:
         for path in sorted(out.iterdir()):
-            if path.name != SITE and ".part" not in path.name:
+            if path.name not in (SITE, TRAINING) and ".part" not in path.name:
                 content.add(path, path.name)
     os.replace(part, archive)
 
@@ -179,12 +198,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(any(what.startswith("not") for what in outcome.values()))
     import torch
 
-    if not want.dry_run and not torch.cuda.is_available():
+    if not want.dry_run and want.plan is None and not torch.cuda.is_available():
         print("benchmarks.gpu: expected a CUDA device, found none; --dry-run rehearses without one", file=sys.stderr)
         return 2
     if want.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     out = (want.out or default_out(want.dry_run)).resolve()
+    if want.plan is not None:
+        chunks = chosen(plan(settings_of(want)), want.only)
+        print(runner.describe_slices(chunks, State(out, rehearsal=want.dry_run, fresh=want.fresh), want.plan))
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "".join(f"/{name}\n" for name in _NOT_KEPT))
     if want.archive:

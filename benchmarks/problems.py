@@ -118,10 +118,11 @@ class ConvOperands:
         """float64 weight gradient [O, C, R, S] and the product of absolute values; no mask enters it."""
         x, dy = self.x.double().contiguous(), self.dy.double().contiguous()
         size, options = self.weight.shape, {"stride": self.shape.stride, "padding": self.shape.padding}
-        return (
-            dense_grad.conv2d_weight(x, size, dy, **options),
-            dense_grad.conv2d_weight(x.abs(), size, dy.abs(), **options),
-        )
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for a product that runs once
+            return (
+                dense_grad.conv2d_weight(x, size, dy, **options),
+                dense_grad.conv2d_weight(x.abs(), size, dy.abs(), **options),
+            )
 
 
 @functools.lru_cache(maxsize=1)

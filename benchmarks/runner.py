@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import files
-from benchmarks.chunks import RESULT, Chunk
+from benchmarks.chunks import LOGS, RESULT, Chunk
 
 OK, FAILED, TIMEOUT, CUT, SKIPPED, RUNNING = "ok", "failed", "timeout", "cut", "skipped", "running"
 BAD = (FAILED, TIMEOUT)
@@ -110,12 +110,12 @@ def run_all(
     for chunk in order(chunks, state, again=again):
         if chunk.skip:
             state.set(chunk, status=SKIPPED, note=chunk.skip)
-            print(f"{chunk.name:16} skipped: {chunk.skip}", flush=True)
+            print(f"{chunk.name:22} skipped: {chunk.skip}", flush=True)
             continue
         if not budget.allows(chunk):
             late.append(chunk)
             continue
-        print(f"{chunk.name:16} ...", end=" ", flush=True)
+        print(f"{chunk.name:22} ...", end=" ", flush=True)
         state.set(chunk, status=RUNNING)
         facts = run_one(chunk, out, env, budget.timeout(chunk))
         state.set(chunk, **facts)
@@ -130,7 +130,8 @@ def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -
     part = out / f".{chunk.name}.part.json"
     log.parent.mkdir(parents=True, exist_ok=True)
     part.unlink(missing_ok=True)
-    command = [sys.executable, *(word.replace(RESULT, str(part)) for word in chunk.command)]
+    own = {RESULT: str(part), LOGS: str(out / "logs" / chunk.name)}
+    command = [sys.executable, *(own.get(word, word.replace(RESULT, str(part))) for word in chunk.command)]
     settings = {**env, **{name: value for name, value in chunk.env.items() if value is not None}}
     settings = {name: value for name, value in settings.items() if chunk.env.get(name, "") is not None}
     start = time.monotonic()
@@ -194,9 +195,40 @@ def failures(chunks: Sequence[Chunk], state: State) -> list[str]:
 
 def describe(chunks: Sequence[Chunk], state: State) -> str:
     """The plan as a table for a terminal."""
-    lines = [f"{'chunk':16} {'status':9} {'about s':>7}  command"]
+    lines = [f"{'chunk':22} {'status':9} {'about s':>7}  command"]
     for chunk in chunks:
         status = f"skip: {chunk.skip}" if chunk.skip else state.status(chunk) or "-"
         env = " ".join(f"{name}={value}" for name, value in chunk.env.items() if value is not None)
-        lines.append(f"{chunk.name:16} {status:9} {chunk.estimate_s:7.0f}  {env} python {' '.join(chunk.command)}")
+        lines.append(f"{chunk.name:22} {status:9} {chunk.estimate_s:7.0f}  {env} python {' '.join(chunk.command)}")
     return "\n".join(lines)
+
+
+PREPARE_S = 40.0  # of a slice: starting, installing packages, building the native core, the report
+
+
+def slices(chunks: Sequence[Chunk], state: State, seconds: float) -> list[list[Chunk]]:
+    """What is left to do, cut into runs of at most ``seconds`` each, by the estimates, as ``run_all`` would."""
+    left = [chunk for chunk in order(chunks, state) if not chunk.skip]
+    out: list[list[Chunk]] = []
+    while left:
+        room, now, late = seconds - PREPARE_S, list[Chunk](), list[Chunk]()
+        for chunk in left:
+            fits = chunk.estimate_s <= room
+            (now if fits else late).append(chunk)
+            room -= chunk.estimate_s * fits
+        out.append(now or late[:1])  # one that is longer than a slice has one of its own
+        left = late if now else late[1:]
+    return out
+
+
+def describe_slices(chunks: Sequence[Chunk], state: State, seconds: float) -> str:
+    """The slices with their estimates and the running sum, for a terminal."""
+    lines, total = [], 0.0
+    for number, members in enumerate(slices(chunks, state, seconds), 1):
+        spent = PREPARE_S + sum(chunk.estimate_s for chunk in members)
+        total += spent
+        lines.append(f"slice {number}: about {spent:.0f} s, {total / 60:.0f} min in all")
+        lines += [f"    {chunk.name:20} {chunk.estimate_s:5.0f} s" for chunk in members]
+    skipped = [f"{chunk.name} ({chunk.skip})" for chunk in chunks if chunk.skip]
+    lines += [f"skipped: {', '.join(skipped)}"] if skipped else []
+    return "\n".join(lines) or "nothing is left to do"

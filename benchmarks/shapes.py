@@ -154,6 +154,30 @@ CONV_GPU = (  # the 3x3 layers of WRN-28-10 on CIFAR
     ConvShape(128, 320, 320, 16),
     ConvShape(128, 640, 640, 8),
 )
+CONV_GPU_CHANGES = (  # where its stages change: the strided 3x3 layers, and the shortcuts beside them
+    ConvShape(128, 160, 320, 32, stride=2),
+    ConvShape(128, 320, 640, 16, stride=2),
+    ConvShape(128, 160, 320, 32, r=1, stride=2),
+    ConvShape(128, 320, 640, 16, r=1, stride=2),
+)
+CONV_GPU_RESNET = (  # the 3x3 layers of ResNet-50 at 224 pixels
+    ConvShape(256, 64, 64, 56),
+    ConvShape(256, 128, 128, 28),
+    ConvShape(256, 256, 256, 14),
+    ConvShape(256, 512, 512, 7),
+)
+CONV_GPU_VGG = (  # of VGG-16 on CIFAR, and the widest of its twice as wide twin
+    ConvShape(128, 128, 128, 16),
+    ConvShape(128, 256, 256, 8),
+    ConvShape(128, 512, 512, 4),
+    ConvShape(128, 1024, 1024, 4),
+)
+CONV_GPU_SETS = {
+    "wrn": CONV_GPU,
+    "changes": CONV_GPU_CHANGES,
+    "resnet": CONV_GPU_RESNET,
+    "vgg": CONV_GPU_VGG,
+}
 
 LINEAR_SUITES: dict[str, tuple[Grid, ...]] = {
     "toy": (
@@ -184,9 +208,16 @@ CONV_SUITES: dict[str, tuple[Grid, ...]] = {
         Grid(CONV_EXTRA, (16, 32), (90,), step_blocks=(32,)),
     ),
     "cross": (Grid((CONV, *CONV_MORE, *CONV_EXTRA)),),
-    "gpu-toy": (Grid((ConvShape(2, 32, 32, 6),), (16,), (50,)),),
-    "gpu-gate": (Grid((CONV_GPU[1],), (32,), (90,)),),
-    "gpu-full": (Grid(CONV_GPU, (32, 64), (80, 90)),),
+    "gpu-toy": (
+        Grid((ConvShape(2, 32, 32, 6),), (16,), (50,)),
+        Grid((ConvShape(2, 16, 40, 7, stride=2), ConvShape(2, 32, 16, 6, r=1, stride=2)), (16,), (50,), ("step",)),
+    ),
+    "gpu-gate": (Grid(CONV_GPU, (64, 32), (90, 80)),),
+    "gpu-full": (
+        Grid(CONV_GPU, BLOCKS_GPU, (80, 90, 95)),
+        Grid(CONV_GPU_CHANGES, BLOCKS_GPU, (80, 90)),
+        Grid((*CONV_GPU_RESNET, *CONV_GPU_VGG), BLOCKS_GPU, (80, 90, 95), ("forward", "step")),
+    ),
 }
 _MNIST, _CIFAR = (1, 28, 28), (3, 32, 32)
 TRAIN_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, ...], tuple[int, ...]], ...]] = {

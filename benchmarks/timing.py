@@ -103,6 +103,14 @@ class CudaTimer:
         return float(start.elapsed_time(end)) / 1e3
 
 
+class Plain:
+    """Stands for the fixture of pytest-benchmark outside pytest: rounds without statistics of its own."""
+
+    def pedantic(self, target: Callable[[], object], rounds: int) -> None:
+        for _ in range(rounds):
+            target()
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a case may take: at most ``rounds`` rounds, fewer (not below 3) when ``budget_s`` seconds would pass."""
@@ -170,6 +178,22 @@ def race(
         CLOCK.now += times[hero][-1]
 
     benchmark.pedantic(one_round, rounds=rounds)
+    return times
+
+
+def wall_times(
+    calls: Mapping[str, Callable[[], object]], synchronize: Callable[[], None], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds from each call to the end of its work, host included, in interleaved rounds after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name in reversed(calls) if turn % 2 else calls:
+            synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            synchronize()
+            if turn:
+                times[name].append(time.perf_counter() - start)
     return times
 
 

@@ -19,19 +19,30 @@ from torch import nn
 import sparsekern as sk
 from benchmarks import adapters, files, machine
 from benchmarks.device import one_line
-from benchmarks.shapes import BLOCKS_GPU, LINEAR_GPU, LINEAR_GPU_MORE, LinearShape
+from benchmarks.shapes import BLOCKS_GPU, CONV_GPU, LINEAR_GPU, LINEAR_GPU_MORE, ConvShape, LinearShape
 
 SPARSITIES = (90, 80, 95, 50)
 TINY = LinearShape(64, 64, 64)
+TINY_CONV = ConvShape(2, 32, 32, 6)
 
 
-def tune_one(shape: LinearShape, block: int, sparsity: int, device: str, seconds: float) -> dict[str, Any]:
+def layer_of(shape: LinearShape | ConvShape, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """The dense layer in bfloat16 and an input of it; images in channels_last memory."""
+    options: dict[str, Any] = {"bias": shape.bias, "device": device, "dtype": torch.bfloat16}
+    if isinstance(shape, LinearShape):
+        return nn.Linear(shape.i, shape.o, **options), torch.randn(shape.m, shape.i).to(device, torch.bfloat16)
+    conv: nn.Module = nn.Conv2d(shape.c, shape.o, shape.r, shape.stride, shape.padding, **options)
+    x = torch.randn(shape.n, shape.c, shape.h, shape.h).to(device, torch.bfloat16)
+    return conv.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def tune_one(shape: LinearShape | ConvShape, block: int, sparsity: int, device: str, seconds: float) -> dict[str, Any]:
     """Speed-up that ``sparsekern.tune`` reports for one layer, or why it could not."""
     row: dict[str, Any] = {"shape": shape.name, "block": block, "sparsity": sparsity}
     start = time.perf_counter()
     try:
-        model = nn.Sequential(nn.Linear(shape.i, shape.o, bias=shape.bias, device=device, dtype=torch.bfloat16))
-        x = torch.randn(shape.m, shape.i, device=device, dtype=torch.bfloat16)
+        layer, x = layer_of(shape, device)
+        model = nn.Sequential(layer)
         config = sk.SparsityConfig(sparsity=sparsity / 100, block=block, exclude=())
         row["speedup"] = sk.tune(model, x, config, seconds_per_layer=seconds, save=device == "cuda")["0"]
     except Exception as error:
@@ -47,10 +58,11 @@ def main() -> None:
     want = parser.parse_args()
     tiny = want.device == "cpu"
     cases = (
-        [(TINY, 16, 50)]
+        [(TINY, 16, 50), (TINY_CONV, 16, 50)]
         if tiny
         else [
             *((LINEAR_GPU, block, sparsity) for sparsity, block in itertools.product(SPARSITIES, BLOCKS_GPU)),
+            *itertools.product(CONV_GPU, (64, 32), (90, 80)),
             *itertools.product(LINEAR_GPU_MORE, (64, 32, 128), (90, 80, 95)),
         ]
     )

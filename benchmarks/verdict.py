@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekern.report.results import PassRow, PeerRow, Results
+from sparsekern.report.net_tables import dense_twin
+from sparsekern.report.results import AccuracyRow, NetRow, OverheadRow, PassRow, PeerRow, Results
 from sparsekern.report.summary import geometric_mean
 from sparsekern.report.tables import significant
 
@@ -54,17 +55,21 @@ def rehearsal_targets(shape: str, conv_shape: str) -> dict[str, Any]:
     """The same targets held against toy rows of a rehearsal, so that every table has lines to fill."""
     found = targets()
     found["linear"]["shape"], found["conv2d"]["shapes"] = shape, [conv_shape]
+    found["nets"] |= {"nets": ["toy"], "blocks": [16]}
     found["linear"]["rows"] = [{**row, "block": min(row["block"], 32)} for row in found["linear"]["rows"][1:]]
     return found
 
 
 def judge(results: Results, wanted: Mapping[str, Any], device: str = "cuda") -> list[Line]:
-    """One line per target, in the order of targets.json: linear, conv2d, peers, never slower, metadata."""
+    """One line per target: linear, conv2d, whole nets, accuracy, overheads, peers, never slower, metadata."""
     passes = [row for row in results.passes if row.device == device]
     peers = [row for row in results.peers if row.device == device]
     return [
         *_linear(passes, wanted["linear"]),
         *_conv2d(passes, wanted["conv2d"]),
+        *_nets([row for row in results.nets if row.device == device], wanted["nets"]),
+        *_accuracy([row for row in results.accuracy if row.device == device], wanted["accuracy"]),
+        *_overheads([row for row in results.overheads if row.device == device], wanted),
         *(line for target in wanted["peers"] for line in _peer(peers, target)),
         _never_slower(passes, wanted["never_slower"]["within"]),
         _metadata(passes, wanted["metadata"]),
@@ -102,6 +107,65 @@ def _conv2d(rows: Sequence[PassRow], wanted: Mapping[str, Any]) -> Iterator[Line
                 what = f"conv2d {shape}, block {block}, {_pass_name(wanted['pass'])}, {sparsity} %"
                 want = {"op": "conv2d", "shape": shape, "dtype": wanted["dtype"], "pass_": wanted["pass"]}
                 yield _speedup_line(what, rows, pair, block=block, sparsity=int(sparsity), **want)
+
+
+def _nets(rows: Sequence[NetRow], wanted: Mapping[str, Any]) -> Iterator[Line]:
+    """A sparse net is never slower than the dense one; Amdahl's bound and the narrow net stand beside it."""
+    for net in wanted["nets"]:
+        for mode in wanted["modes"]:
+            here = [row for row in rows if (row.net, row.mode, row.pass_) == (net, mode, wanted["pass"])]
+            narrow = next((row.speedup for row in here if row.contender == "narrow"), None)
+            for block in wanted["blocks"]:
+                what = f"net {net}, {mode}, {_net_pass(wanted['pass'])}, block {block}, {wanted['allocation']}"
+                row = next((r for r in here if (r.block, r.allocation) == (block, wanted["allocation"])), None)
+                if row is None:
+                    yield Line(what, 1 - wanted["within"], None, None)
+                    continue
+                bound = "" if row.ideal is None else f"Amdahl's bound {significant(row.ideal, 3)}"
+                beside = "" if narrow is None else f"narrow dense {significant(narrow, 3)}"
+                note = "; ".join(filter(None, (bound, beside)))
+                yield Line(what, 1 - wanted["within"], None, row.speedup, note=note)
+
+
+def _net_pass(pass_: str) -> str:
+    return "training step" if pass_ == "step" else pass_
+
+
+def _accuracy(rows: Sequence[AccuracyRow], wanted: Mapping[str, Any]) -> Iterator[Line]:
+    """Real training: what the sparse net reaches of the dense net's accuracy, and in what time."""
+    name, run = "test accuracy over the dense net's", "training run, seconds of dense / seconds of sparse"
+    pairs = [(row, twin) for row in rows if (twin := dense_twin(rows, row)) is not None]
+    if not pairs:
+        yield Line(name, wanted["of_dense"], None, None)
+        yield Line(run, 1 - wanted["within"], None, None)
+    for sparse, dense in pairs:
+        where = f"{sparse.net} on {sparse.data}, {significant(sparse.epochs, 3)} epochs, "
+        reached = f"{100 * sparse.test_acc:.2f} % and dense {100 * dense.test_acc:.2f} %"
+        ratio = sparse.test_acc / dense.test_acc if dense.test_acc else 0.0
+        yield Line(where + name, wanted["of_dense"], None, ratio, note=reached)
+        steps = f"step {1e3 * sparse.step_s:.1f} ms and dense {1e3 * dense.step_s:.1f} ms"
+        yield Line(where + run, 1 - wanted["within"], None, dense.seconds / sparse.seconds, note=steps)
+
+
+def _overheads(rows: Sequence[OverheadRow], wanted: Mapping[str, Any]) -> Iterator[Line]:
+    """Turned so that more is better: kernels over the whole call, 100 steps over one update."""
+    share, least = wanted["dispatch"]["share"], wanted["dispatch"]["least_s"]
+    large = [row for row in rows if row.what == "dispatch" and row.base_s >= least]
+    what = f"kernels launched directly / through dispatch, layers of {1e3 * least:.0f} ms and more"
+    worst = max(large, key=lambda row: row.share, default=None)
+    note = "" if worst is None else f"most {100 * worst.share:.1f} %: {_overhead(worst)}"
+    yield Line(what, 1 / (1 + share), None, None if worst is None else 1 / (1 + worst.share), note=note)
+    updates = [row for row in rows if row.what == "topology update"]
+    worst = max(updates, key=lambda row: row.share, default=None)
+    note = "" if worst is None else f"most {100 * worst.share:.1f} %: {_overhead(worst)}"
+    measured = None if worst is None else 1 / worst.share
+    yield Line(
+        "100 training steps / one topology update", 1 / wanted["topology_update"]["share"], None, measured, note=note
+    )
+
+
+def _overhead(row: OverheadRow) -> str:
+    return f"{row.op} {row.shape} {row.pass_}, block {row.block}, {row.sparsity} %"
 
 
 def _pass_name(pass_: str) -> str:
