@@ -467,7 +467,6 @@ def _padding4(
     return ph, ph, pw, pw
 
 
-@torch.compiler.assume_constant_result
 def _wants_channels_last(device: str, dtype: torch.dtype, block: tuple[int, int]) -> bool:
     """Whether the backend has kernels for channels_last alone; says once what that costs."""
     kernel = choice("conv2d", device, dtype, block)
@@ -475,6 +474,10 @@ def _wants_channels_last(device: str, dtype: torch.dtype, block: tuple[int, int]
     if wants:
         _warn_of_conversion(kernel)
     return wants
+
+
+# What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, a second, with this package.
+_wants_channels_last._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1)
