@@ -55,6 +55,7 @@ def rehearsal_targets(shape: str, conv_shape: str) -> dict[str, Any]:
     """The same targets held against toy rows of a rehearsal, so that every table has lines to fill."""
     found = targets()
     found["linear"]["shape"], found["conv2d"]["shapes"] = shape, [conv_shape]
+    found["conv2d"] |= {"blocks": [16], "at": {"50": found["conv2d"]["at"]["80"]}}
     found["nets"] |= {"nets": ["toy"], "blocks": [16]}
     found["linear"]["rows"] = [{**row, "block": min(row["block"], 32)} for row in found["linear"]["rows"][1:]]
     return found

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import files, gpu, runner, verdict, wheels
-from benchmarks.chunks import RESULT, Chunk, Settings, plan
+from benchmarks import files, gpu, runner, shards, verdict, wheels
+from benchmarks.chunks import LOGS, RESULT, Chunk, Settings, plan
 from benchmarks.gpu_summary import row_files, summarise, with_prefix
 from benchmarks.runner import Budget, State, StateError
+from benchmarks.shapes import Selection, conv2d_cases
 from sparsekern.report import load
 
 ROOT = Path(__file__).parent.parent
@@ -43,16 +44,18 @@ def run(out: Path, *chunks: Chunk, budget: Budget | None = None, **more: Any) ->
 def test_plan_is_in_order_of_importance() -> None:
     names = [chunk.name for chunk in plan(Settings())]
     assert len(names) == len(set(names))
-    order = ["smoke", "tests-gpu", "probe-l2", "gate-64", "gate-32", "gate-128", "gate-16", "tune", "full-64"]
-    order += ["shape-8192x8192", "peers-64", "conv2d-320"]
+    order = ["smoke", "tests-gpu", "probe-l2", "gate-64", "gate-32", "gate-128", "gate-16", "conv-gate-64"]
+    order += ["net-wrn-28-10-eager", "net-wrn-28-10-compile", "net-resnet50-graph", "tune", "full-64"]
+    order += ["shape-8192x8192", "overheads", "cifar-dense", "cifar-sparse", "peers-64", "conv-wrn-64", "conv-resnet"]
     assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
     assert names[0] == "smoke"
 
 
 def test_gates_force_the_kernels_and_the_rest_is_as_dispatched() -> None:
     env = {chunk.name: chunk.env for chunk in plan(Settings())}
-    assert env["gate-64"] == env["smoke"] == {"SPARSEKERN_BACKEND": "triton"}
-    assert env["full-64"] == env["peers-32"] == {"SPARSEKERN_BACKEND": None}
+    assert env["gate-64"] == env["conv-gate-32"] == env["smoke"] == {"SPARSEKERN_BACKEND": "triton"}
+    as_dispatched = ("full-64", "peers-32", "conv-wrn-64", "net-resnet50-eager", "overheads", "cifar-sparse")
+    assert all(env[name] == {"SPARSEKERN_BACKEND": None} for name in as_dispatched)
 
 
 def test_plan_covers_every_target() -> None:
@@ -62,19 +65,70 @@ def test_plan_covers_every_target() -> None:
     for row in wanted["linear"]["rows"]:
         command = commands[f"full-{row['block']}"]
         assert wanted["linear"]["shape"] in command and "--sk-suite gpu-full" in command
-    for shape in wanted["conv2d"]["shapes"]:
-        assert any(shape in command for name, command in commands.items() if name.startswith("conv2d"))
+    for block in wanted["conv2d"]["blocks"]:
+        command = commands[f"conv-wrn-{block}"]
+        assert all(shape in command for shape in wanted["conv2d"]["shapes"]) and f"--sk-blocks {block}" in command
+    nets = {f"net-{net}-{mode}" for net in wanted["nets"]["nets"] for mode in wanted["nets"]["modes"]}
+    assert nets | {"cifar-dense", "cifar-sparse", "overheads"} <= set(commands)
     assert {f"peers-{block}" for peer in wanted["peers"] for block in peer["blocks"]} <= set(commands)
 
 
 def test_a_backend_without_convolutions_skips_them_with_the_reason() -> None:
     skipped = {chunk.name: chunk.skip for chunk in plan(Settings(conv2d="no kernel")) if chunk.skip == "no kernel"}
-    assert skipped and all(name.startswith("conv2d") for name in skipped)
+    assert {"conv-gate-64", "conv-wrn-32", "conv-vgg"} <= set(skipped)
+    assert all(name.startswith("conv-") for name in skipped)
+
+
+def test_every_conv_shape_that_a_chunk_names_is_in_the_suite() -> None:
+    """A name that no case has would leave the chunk without rows."""
+    for chunk in plan(Settings()):
+        if "benchmarks/test_conv2d.py" not in chunk.command:
+            continue
+        options = dict(zip(chunk.command, chunk.command[1:], strict=False))
+        names = options["--sk-shapes"].split(",") if "--sk-shapes" in options else []
+        blocks = tuple(int(b) for b in options["--sk-blocks"].split(","))
+        want = Selection(options["--sk-suite"], (1,), blocks, None, None, tuple(names) or None)
+        cases = conv2d_cases(want)
+        assert {case.shape.name for case in cases} >= set(names) and {case.block for case in cases} == set(blocks)
+        assert {case.sparsity for case in cases} >= {80, 90} and {case.memory_format for case in cases} == {"nhwc"}
+
+
+def test_no_chunk_takes_longer_than_five_minutes_but_the_tests_and_the_trained_nets() -> None:
+    for chunk in plan(Settings(data="somewhere")):
+        assert chunk.estimate_s <= chunk.timeout_s <= 420
+        if chunk.name.startswith(("net-", "conv-")):
+            assert chunk.timeout_s <= 300
+
+
+def test_cifar_needs_data() -> None:
+    without = {chunk.name: chunk for chunk in plan(Settings()) if chunk.name.startswith("cifar-")}
+    assert all("--data" in chunk.skip for chunk in without.values())
+    with_data = {chunk.name: chunk for chunk in plan(Settings(data="a,b")) if chunk.name.startswith("cifar-")}
+    assert all(not chunk.skip and chunk.command[-6:-4] == ("--data", "a,b") for chunk in with_data.values())
+    assert not any(chunk.skip for chunk in plan(Settings("cpu")) if chunk.name.startswith("cifar-"))
+
+
+def test_slices_hold_every_chunk_once_and_keep_their_length(tmp_path: Path) -> None:
+    chunks, state = plan(Settings()), State(tmp_path, rehearsal=False)
+    cut = runner.slices(chunks, state, 540.0)
+    assert sorted(c.name for members in cut for c in members) == sorted(c.name for c in chunks if not c.skip)
+    assert all(sum(c.estimate_s for c in members) <= 540.0 - runner.PREPARE_S for members in cut)
+    huge = chunk("huge", estimate_s=900.0)
+    assert [[c.name for c in members] for members in runner.slices([huge, chunk("a")], state, 540.0)] == [
+        ["a"],
+        ["huge"],
+    ]
+    text = runner.describe_slices(chunks, state, 540.0)
+    assert text.startswith("slice 1: about ") and "skipped: cifar-dense (no data" in text
+    state.set(chunks[0], status="ok")
+    assert chunks[0].name not in {c.name for members in runner.slices(chunks, state, 540.0) for c in members}
 
 
 def test_tests_are_shared_by_workers_and_only_listed_in_a_rehearsal() -> None:
-    tests = [chunk for chunk in plan(Settings(workers=4)) if chunk.name.startswith("tests-")]
+    tests = [chunk for chunk in plan(Settings(workers=4, xdist=True)) if chunk.name.startswith("tests-")]
     assert tests and all("-n 4" in " ".join(chunk.command) for chunk in tests)
+    tests = [chunk for chunk in plan(Settings(workers=4)) if chunk.name.startswith("tests-")]
+    assert tests and all(chunk.command[:5] == ("-m", "benchmarks.shards", "4", LOGS, "--") for chunk in tests)
     rehearsed = [chunk for chunk in plan(Settings("cpu", workers=4)) if chunk.name.startswith("tests-")]
     assert all("--collect-only" in chunk.command and "-n" not in chunk.command for chunk in rehearsed)
     own = [chunk for chunk in plan(Settings(tests=("tests/test_layout.py", "-k", "x"))) if chunk.name == "tests"]
@@ -254,6 +308,9 @@ def test_targets_are_the_promised_ones() -> None:
         "blksprs": (5, [32, 64]),
         "stk": (1, [128]),
     }
+    assert found["conv2d"]["shapes"] == [f"128x{c}x{h}x{h}->{c} 3x3" for c, h in ((160, 32), (320, 16), (640, 8))]
+    assert found["dispatch"] == {"share": 0.03, "least_s": 1e-3} and found["topology_update"] == {"share": 0.05}
+    assert found["nets"]["within"] == found["accuracy"]["within"] == 0.03
     assert found["never_slower"]["within"] == 0.03 and found["metadata"] == {"block": 32, "share": 0.02}
 
 
@@ -358,6 +415,91 @@ def test_never_slower_looks_at_dispatched_rows(tmp_path: Path) -> None:
     assert bad.note.startswith("1 of 2 rows below; worst: linear 8192x4096->4096 dgrad, block 32, 50 %")
 
 
+def net_bench(mode: str, contender: str, speedup: float, **changes: Any) -> dict[str, Any]:
+    sparse = contender == "sparse"
+    info = {
+        **{"kind": "net", "net": "wrn-28-10", "batch": 128, "contender": contender, "mode": mode, "pass_": "step"},
+        **{"block": 32 if sparse else 0, "sparsity": 90 if sparse else 0, "allocation": "erk" if sparse else ""},
+        **{"median_s": 0.04 / speedup, "dense_median_s": 0.04, "speedup": speedup, "speedup_q1": speedup},
+        **{"speedup_q3": speedup, "wall_s": 0.05, "ideal": 2.5 if sparse else None, "params": 4, "macs": 5},
+        **{"peak_bytes": 1 << 30, "parts_s": {"convolutions": 0.01, "norms": 0.02}, "layers": {"sparse": 25}},
+        **{"optimizers_s": {"fused": 1e-4, "foreach": 2e-4}, "device": "cuda", "dtype": "bfloat16"},
+        **changes,
+    }
+    return {"name": f"{contender}-{mode}", "extra_info": info, "stats": {"rounds": 5}}
+
+
+def accuracy_bench(contender: str, test_acc: float, seconds: float) -> dict[str, Any]:
+    info = {
+        **{"kind": "accuracy", "net": "wrn-16-8", "data": "cifar10", "contender": contender, "block": 32},
+        **{"sparsity": 90 if contender == "sparse" else 0, "epochs": 12.0, "batch": 128, "test_acc": test_acc},
+        **{"seconds": seconds, "step_s": 0.02, "params": 4, "macs": 5, "layers": {"sparse": 9}, "device": "cuda"},
+    }
+    return {"name": contender, "extra_info": info, "stats": {"rounds": 1}}
+
+
+def overhead_bench(what: str, share: float, base_s: float, **changes: Any) -> dict[str, Any]:
+    info = {
+        **{"kind": "overhead", "what": what, "op": "linear", "shape": "8192x8192->8192", "pass_": "step"},
+        **{"block": 32, "sparsity": 80, "seconds": share * base_s, "base_s": base_s, "share": share},
+        **{"backend": "triton", "device": "cuda", **changes},
+    }
+    return {"name": f"{what}-{info['shape']}", "extra_info": info, "stats": {"rounds": 1}}
+
+
+def test_convolutions_are_held_to_their_targets(tmp_path: Path) -> None:
+    conv = {"op": "conv2d", "shape": "128x160x32x32->160 3x3", "memory_format": "nhwc"}
+    lines = judged(
+        tmp_path,
+        pass_bench(32, "step", 80, 1.79, **conv),
+        pass_bench(64, "step", 90, 3.2, **conv),
+        pass_bench(64, "step", 80, 2.0, **conv, mode="triton"),
+    )
+    where = "conv2d 128x160x32x32->160 3x3, block "
+    assert lines[f"{where}32, forward and backward, 80 %"].verdict == "MISS"
+    assert lines[f"{where}64, forward and backward, 90 %"].verdict == "must"
+    assert lines[f"{where}64, forward and backward, 80 %"].note == "Triton forced"
+    assert lines[f"{where}32, forward and backward, 90 %"].verdict == "not measured"
+
+
+def test_whole_nets_must_not_lose(tmp_path: Path) -> None:
+    rows = [net_bench("eager", "sparse", 0.9), net_bench("eager", "narrow", 1.4), net_bench("graph", "sparse", 1.6)]
+    lines = judged(tmp_path, *rows, net_bench("compile", "sparse", 0.5), net_bench("eager", "dense", 1.0))
+    eager, graph = (lines[f"net wrn-28-10, {mode}, training step, block 32, erk"] for mode in ("eager", "graph"))
+    assert (eager.verdict, eager.note) == ("MISS", "Amdahl's bound 2.50; narrow dense 1.40")
+    assert (graph.verdict, graph.measured) == ("must", 1.6)
+    assert lines["net wrn-28-10, eager, training step, block 64, erk"].verdict == "not measured"
+    assert not any("compile" in what for what in lines), "compiled nets are outside the promise"
+
+
+def test_accuracy_and_time_of_real_training(tmp_path: Path) -> None:
+    found = judged(tmp_path, accuracy_bench("dense", 0.9, 200.0), accuracy_bench("sparse", 0.86, 150.0))
+    where = "wrn-16-8 on cifar10, 12.0 epochs, "
+    accuracy = found[f"{where}test accuracy over the dense net's"]
+    assert accuracy.verdict == "MISS" and accuracy.measured == pytest.approx(0.86 / 0.9)
+    assert accuracy.note == "86.00 % and dense 90.00 %"
+    run = found[f"{where}training run, seconds of dense / seconds of sparse"]
+    assert run.verdict == "must" and run.measured == pytest.approx(200 / 150)
+    alone = judged(tmp_path, accuracy_bench("sparse", 0.86, 150.0))
+    assert alone["test accuracy over the dense net's"].verdict == "not measured"
+
+
+def test_overheads_are_judged_by_the_worst_of_large_layers(tmp_path: Path) -> None:
+    lines = judged(
+        tmp_path,
+        overhead_bench("dispatch", 0.02, 2e-3),
+        overhead_bench("dispatch", 0.5, 2e-4, shape="small"),
+        overhead_bench("topology update", 0.04, 0.1),
+        overhead_bench("topology update", 0.06, 0.1, shape="other"),
+    )
+    dispatch = lines["kernels launched directly / through dispatch, layers of 1 ms and more"]
+    assert dispatch.verdict == "must" and dispatch.note == "most 2.0 %: linear 8192x8192->8192 step, block 32, 80 %"
+    update = lines["100 training steps / one topology update"]
+    assert update.verdict == "MISS" and "other" in update.note
+    slow = judged(tmp_path, overhead_bench("dispatch", 0.04, 2e-3))
+    assert slow["kernels launched directly / through dispatch, layers of 1 ms and more"].verdict == "MISS"
+
+
 def test_layouts_are_weighed(tmp_path: Path) -> None:
     name = "bytes of the values / bytes of the layout, block 32"
     assert judged(tmp_path, pass_bench(32, "step", 90, 2.0))[name].verdict == "must"
@@ -400,6 +542,49 @@ def test_a_rehearsal_says_so(tmp_path: Path) -> None:
 )
 def test_prefixes(value: float, unit: str, text: str) -> None:
     assert with_prefix(value, unit) == text
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+SUITE = """
+import pytest
+@pytest.mark.parametrize("i", range(7))
+def test_it(i):
+    assert i != %d
+"""
+
+
+def _shards(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "test_suite.py").write_text(text)
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    no_poison: x\n")
+    arguments = ["3", str(tmp_path / "logs"), "--", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.shards", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_shards_run_every_test_once(tmp_path: Path) -> None:
+    done = _shards(tmp_path, SUITE % 9)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("7 passed in 3 processes, 0 of them failed")
+    logs = sorted((tmp_path / "logs").iterdir())
+    assert [shards.counts(path.read_text())["passed"] for path in logs] == [3, 2, 2]
+
+
+def test_a_failure_in_a_shard_is_shown_and_fails_all(tmp_path: Path) -> None:
+    done = _shards(tmp_path, SUITE % 4)
+    assert done.returncode == 1
+    assert "-- shard-2, exit status 1:" in done.stdout and "test_it[4]" in done.stdout
+    assert "6 passed, 1 failed in 3 processes, 1 of them failed" in done.stdout.splitlines()[-1]
+
+
+def test_counts_of_a_summary() -> None:
+    assert shards.counts("x\n==== 1 failed, 12 passed, 2 errors in 3.1s ====\n") == {
+        "failed": 1,
+        "passed": 12,
+        "error": 2,
+    }
+    assert shards.counts("Segmentation fault") == {}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -97,10 +97,12 @@ def build_network(
             rescale=config.rescale,
             below_break_even=config.below_break_even,
         )
-        if config.tune:
-            sk.tune(model, example, settings)
-        make = sk.plan if dry_run else sk.sparsify_
-        plan = make(model, settings, example_input=example, batches=batches)
+        # Layers are planned for the dtype that they will compute in.
+        with torch.autocast(example.device.type, torch.bfloat16, enabled=config.amp):
+            if config.tune:
+                sk.tune(model, example, settings)
+            make = sk.plan if dry_run else sk.sparsify_
+            plan = make(model, settings, example_input=example, batches=batches)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
     # Through JSON: plain containers only, as checkpoints hold them.
