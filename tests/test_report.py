@@ -296,6 +296,76 @@ def test_gpu_rows_show_device_dtype_and_other_clocks(variant: Callable[..., Path
     assert "device,dtype,mode" in peers
 
 
+def _net(contender: str, pass_: str, seconds: float, **changes: Any) -> dict[str, Any]:
+    sparse = contender == "sparse"
+    return {
+        **{"kind": "net", "net": "wrn-28-10", "batch": 128, "contender": contender, "mode": "eager", "pass_": pass_},
+        **{"block": 32 if sparse else 0, "sparsity": 90 if sparse else 0, "allocation": "erk" if sparse else ""},
+        **{"median_s": seconds, "dense_median_s": 0.04, "speedup": 0.04 / seconds, "speedup_q1": 0.04 / seconds},
+        **{"speedup_q3": 0.04 / seconds, "wall_s": 0.05, "ideal": 3.1 if sparse else None, "params": 4_000_000},
+        **{"macs": 5_000_000, "peak_bytes": 2_000_000_000, "layers": {"sparse": 25, "dense": 3} if sparse else {}},
+        **{"parts_s": {"convolutions": 0.015, "norms": 0.005}, "optimizers_s": {"fused": 1e-4}},
+        **{"device": "cuda", "dtype": "bfloat16", **changes},
+    }
+
+
+def _accuracy(contender: str, seconds: float, test_acc: float = 0.9) -> dict[str, Any]:
+    return {
+        **{"kind": "accuracy", "net": "wrn-16-8", "data": "cifar10", "contender": contender, "block": 0},
+        **{"sparsity": 0, "epochs": 12.0, "batch": 128, "test_acc": test_acc, "seconds": seconds, "step_s": 0.02},
+        **{"params": 4, "macs": 5, "layers": {"dense": 9}, "device": "cuda"},
+    }
+
+
+def _whole(data: dict[str, Any]) -> None:
+    """Whole nets, real training, an overhead and a row that failed instead of the toy rows."""
+    overhead = {
+        **{"kind": "overhead", "what": "topology update", "op": "conv2d", "shape": "s", "pass_": "step", "block": 32},
+        **{"sparsity": 90, "seconds": 1e-3, "base_s": 0.1, "share": 0.01, "backend": "triton", "device": "cuda"},
+    }
+    infos = [
+        *(_net("dense", "step", 0.04), _net("sparse", "step", 0.02), _net("sparse", "forward", 0.05)),
+        *(_accuracy("dense", 100.0), _accuracy("sparse", 120.0, 0.88), overhead),
+        {"kind": "missing", "what": "wrn-28-10 compile", "reason": "out | of memory"},
+    ]
+    data["benchmarks"] = [{"name": i["kind"], "extra_info": i, "stats": {"rounds": 3}} for i in infos]
+
+
+def test_whole_nets_training_and_overheads_are_shown(variant: Callable[..., Path], tmp_path: Path) -> None:
+    build_report([variant(_whole)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| ▼ | wrn-28-10 | 128 | forward | eager | sparse, block 32, erk | 90 | 50.0 | 40.0 | 0.800 |" in text
+    assert "|  | wrn-28-10 | 128 | step | eager | sparse, block 32, erk | 90 | 20.0 | 40.0 | 2.00 |" in text
+    assert "| 3.10 | 50.0 | 4.00 | 5.00 | 2000 | 25 sparse, 3 dense |" in text
+    assert "sparse, block 32, erk | 20.0 | 20.0 | 15.0 | 5.00 | 75.0 | 0.100 |" in text
+    assert "| ▼ | wrn-16-8 | cifar10 | sparse | 0 | 0 | 12.0 | 128 | 88.00 | 120 |" in text
+    assert "topology update | conv2d | s | step | 32 | 90 | triton | 1.00 | 100 | 1.00 | cuda |" in text
+    assert "- wrn-28-10 compile: out \\| of memory" in text
+    assert "| rows slower than dense | 1 | of 2 |" in text and "NVIDIA" not in text.splitlines()[0]
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.open == [] and page.rows.count("loses") == 3
+    with (tmp_path / "out" / "whole-nets.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["speed-up"]) for row in rows] == pytest.approx([1.0, 2.0, 0.8])
+    assert [row["loses"] for row in rows] == list("001")
+    with (tmp_path / "out" / "training-on-real-data.csv").open() as file:
+        assert [float(row["test accuracy %"]) for row in csv.DictReader(file)] == [90.0, 88.0]
+
+
+@pytest.mark.parametrize(("row", "field", "value"), [(1, "median_s", 0), (3, "test_acc", 1.5), (5, "base_s", "x")])
+def test_senseless_whole_rows_are_refused(row: int, field: str, value: Any, variant: Callable[..., Path]) -> None:
+    def spoil(data: dict[str, Any]) -> None:
+        _whole(data)
+        data["benchmarks"][row]["extra_info"][field] = value
+
+    with pytest.raises(ReportError, match=data_kind(row)):
+        load([variant(spoil)])
+
+
+def data_kind(row: int) -> str:
+    return {1: "row net", 3: "row accuracy", 5: "row overhead"}[row]
+
+
 def test_a_busy_host_is_no_matter_to_a_gpu(variant: Callable[..., Path]) -> None:
     def busy(data: dict[str, Any]) -> None:
         _on_gpu(data)
