@@ -86,7 +86,7 @@ bench: $(VENV)/.sk-test ## speed against dense PyTorch on this machine
 	$(PY) -m pytest benchmarks
 
 # No virtual environment: a machine with a GPU has its own torch and Triton, and maybe no network.
-gpu: ## on a machine with a GPU: tests, limits, tuning, speed against dense, targets met or missed (GPU_ARGS=--help)
+gpu: ## on a machine with a GPU: tests, limits, tuning, layers and whole nets against dense, targets (GPU_ARGS=--help)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(VENV)/.sk-dev ## ruff, mypy, clang-format

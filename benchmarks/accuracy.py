@@ -95,12 +95,11 @@ def decide(folder: Path, data: str | None, device: str, budget_s: float) -> dict
     if data is None:
         plan: dict[str, Any] = {"model": "wrn-10-1", "epochs": 1, "step_s": {}}
     else:
+        task = load_task(config(CONTENDERS[0], MODELS[0], 1, data, device))  # the same batches for all
         for model in MODELS:
             seconds = {}
             for contender in CONTENDERS:
-                settings = config(contender, model, 1, data, device)
-                task = load_task(settings)
-                seconds[contender] = step_seconds(settings, task)
+                seconds[contender] = step_seconds(config(contender, model, 1, data, device), task)
                 print(f"{model}, {contender}: {1e3 * seconds[contender]:.1f} ms per step", flush=True)
             epochs = epochs_within(budget_s, max(seconds.values()), len(task.train))
             plan = {"model": model, "epochs": max(1, epochs), "step_s": seconds}

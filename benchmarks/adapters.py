@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.device import one_line
 from benchmarks.problems import Problem
+from sparsekern.backends import ConvGeometry
 
 
 def _module(name: str) -> Any:
@@ -89,34 +90,30 @@ def tile_of(launch: Launch) -> Any:
     return next((dataclasses.asdict(a) for a in given if type(a).__name__ == "Tile"), None)
 
 
-def launched(call: Callable[[], object]) -> dict[str, Any]:
-    """The tiles with which a call's kernels are launched: {launch: tile}."""
-    with recorded() as launches:
-        call()
-    return {name: tile_of(launch) for name, launch in launches}
-
-
 def choices(problem: Problem, pass_: str, fallback: bool) -> dict[str, Any]:
     """The tile that the Triton backend takes for each op of a pass, where it comes from, and the times it expects."""
     tiles, facts, chips = _module("tiles"), _module("problem"), _module("chips")
-    if problem.op != "linear":
-        return {name: {"tile": tile} for name, tile in launched(problem.calls(pass_).sparse).items()}
     if tiles is None or facts is None or chips is None:
         return {}
     out: dict[str, Any] = {}
     for op in ("forward", "dgrad", "wgrad") if pass_ == "step" else (pass_,):
         try:
-            shape, capacity = problem.shape, problem.values.shape[0]
-            asked = facts.Problem(
-                *(f"linear_{op}", facts.precision(problem.dtype), problem.layout.grid.block),
-                *(shape.m, shape.o, shape.i, capacity),
-            )
-            found = tiles.choose(asked, chips.current(problem.device), fallback)
+            found = tiles.choose(_asked(facts, problem, op), chips.current(problem.device), fallback)
             tile = None if found.tile is None else dataclasses.asdict(found.tile)
             out[op] = {"tile": tile, "source": found.source, "seconds": found.seconds, "dense": found.dense_seconds}
         except Exception as error:
             out[op] = one_line(error)
     return out
+
+
+def _asked(facts: Any, problem: Problem, op: str) -> Any:
+    """What the backend would ask its tiles for."""
+    shape, capacity, grid = problem.shape, problem.values.shape[0], problem.layout.grid
+    name, dtype = f"{problem.op}_{op}", facts.precision(problem.dtype)
+    if problem.op == "linear":
+        return facts.Problem(name, dtype, grid.block, shape.m, shape.o, shape.i, capacity)
+    geometry = ConvGeometry((shape.stride,) * 2, (shape.padding,) * 4, (1, 1))
+    return facts.conv_problem(name, dtype, grid, geometry, tuple(problem.operands.x.shape), capacity)
 
 
 def export_tiles(path: Path) -> str:

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if want.fresh:
         for name in ("machine.json", *(chunk.result for chunk in chunks if chunk.result)):
             (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / TRAINING, ignore_errors=True)
     try:
         state = State(out, rehearsal=want.dry_run, fresh=want.fresh)
     except StateError as error:

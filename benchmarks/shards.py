@@ -16,6 +16,7 @@ from pathlib import Path
 
 VARIABLE = "SPARSEKERN_TEST_SHARD"
 TAIL_LINES = 25
+LEAVE_S = 10.0  # after an interrupt, for all
 _COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)\b")
 _NO_TESTS = 5  # exit status of pytest
 
@@ -42,7 +43,8 @@ def run(shards: int, logs: Path, arguments: list[str]) -> int:
         codes = [process.wait() for process in processes]
     except KeyboardInterrupt:  # the group was interrupted: each pytest sums up what it has
         cut = True
-        codes = [_ended(process) for process in processes]
+        deadline = time.monotonic() + LEAVE_S
+        codes = [_ended(process, deadline) for process in processes]
     total: Counter[str] = Counter()
     for path, code in zip(paths, codes, strict=True):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -57,9 +59,9 @@ def run(shards: int, logs: Path, arguments: list[str]) -> int:
     return int(bad > 0 or cut)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
+def _ended(process: subprocess.Popen[bytes], deadline: float) -> int:
     try:
-        return process.wait(10)
+        return process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()

@@ -600,6 +600,13 @@ def test_needs_a_gpu_or_a_rehearsal(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--dry-run" in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_the_plan_is_shown_without_a_gpu(tmp_path: Path) -> None:
+    done = _command("--plan", "--only", "gate-*,conv-gate-*", "--out", str(tmp_path / "none"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("slice 1: about 380 s, 6 min in all") and "conv-gate-32" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
 def test_rehearsal_of_two_chunks(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     out, archive = tmp_path / "out", tmp_path / "kept.tar.gz"

@@ -162,6 +162,15 @@ def test_a_topology_update_moves_values_along() -> None:
     assert torch.equal(update.layout.to_dense(update.values), before * both)
 
 
+@pytest.mark.parametrize("case", overheads.TINY)
+def test_the_tiles_chosen_are_told(case: overheads.Case) -> None:
+    """Asked for as the backend asks: no error, one entry per pass."""
+    pytest.importorskip("triton")
+    told = adapters.choices(overheads.problem_of(case, "cpu"), "step", False)
+    assert set(told) == {"forward", "dgrad", "wgrad"}
+    assert all(entry["tile"]["bm"] >= 16 and entry["seconds"] > 0 for entry in told.values())
+
+
 # -- training on real data ---------------------------------------------------------------------------------------------
 
 
