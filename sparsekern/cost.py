@@ -158,7 +158,7 @@ def conv_geometry(case: Case) -> ConvGeometry:
 
 def _conv_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
     """The passes of a convolution; linear ones where it is a linear layer over its pixels."""
-    dtype, geometry = precision(getattr(torch, case.dtype)), conv_geometry(case)
+    dtype, geometry = precision(getattr(torch, case.dtype), "conv2d"), conv_geometry(case)
     grid = BlockGrid(case.weight_shape, block, case.groups)
     ops = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad")
     return [conv_problem(op, dtype, grid, geometry, case.x_shape, nnz) for op in ops]

@@ -621,3 +621,17 @@ def test_nothing_here_needs_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="older switch")
+def test_convolutions_follow_their_own_switch():
+    """PyTorch lets cuDNN use TF32 by default, and matrix products not."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision, conv.fp32_precision = "ieee", "tf32"
+        assert (precision(torch.float32), precision(torch.float32, "conv2d")) == ("float32", "tf32")
+        matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+        assert (precision(torch.float32), precision(torch.float32, "conv2d")) == ("tf32", "float32")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before

@@ -42,9 +42,16 @@ def tile_id(case):
 
 @pytest.fixture
 def cuda_precision(request):
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+
+    def ask(precision):
+        for switch in switches:
+            switch.fp32_precision = precision
+
+    yield ask
+    for switch, setting in zip(switches, before, strict=True):
+        switch.fp32_precision = setting
 
 
 def draw(*shape, dtype=torch.float32):
@@ -60,7 +67,7 @@ def on_gpu(shape, block, density, **how):
 def test_shipped_tile(case, cuda_precision):
     """Each tile at a ragged shape of several programs; the memory behind the outputs starts as NaN."""
     problem, tile = case
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.dtype == "tf32" else "ieee"
+    cuda_precision("tf32" if problem.dtype == "tf32" else "ieee")
     if problem.op.startswith("conv2d"):
         for stride in (1, 2):
             check_conv2d_tile(problem, tile, stride)

@@ -124,7 +124,7 @@ def _formatted(image: Tensor, channels_last: bool) -> Tensor:
 def conv2d_forward(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
 ) -> Tensor:
-    dtype, capacity = precision(x.dtype), values.shape[0]
+    dtype, capacity = precision(x.dtype, "conv2d"), values.shape[0]
     tile = _tile(conv_problem("conv2d_forward", dtype, grid, geometry, tuple(x.shape), capacity), x)
     if tile is None:
         return dense.conv2d_forward(x, values, index, bias, grid, geometry)
@@ -143,7 +143,7 @@ def conv2d_dgrad(
     grid: BlockGrid,
     geometry: ConvGeometry,
 ) -> Tensor:
-    dtype, capacity = precision(dy.dtype), values.shape[0]
+    dtype, capacity = precision(dy.dtype, "conv2d"), values.shape[0]
     tile = _tile(conv_problem("conv2d_dgrad", dtype, grid, geometry, input_shape, capacity), dy)
     if tile is None:
         return dense.conv2d_dgrad(dy, values, index, input_shape, channels_last, grid, geometry)
@@ -162,7 +162,7 @@ def conv2d_wgrad(
     grid: BlockGrid,
     geometry: ConvGeometry,
 ) -> tuple[Tensor, Tensor]:
-    dtype, capacity = precision(dy.dtype), capacity_of(grid, index)
+    dtype, capacity = precision(dy.dtype, "conv2d"), capacity_of(grid, index)
     problem = conv_problem("conv2d_wgrad", dtype, grid, geometry, tuple(x.shape), capacity)
     tile = _tile(problem, dy)
     if tile is None:
@@ -175,10 +175,10 @@ def conv2d_wgrad(
 
 @_on_device
 def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
-    dtype, capacity = precision(dy.dtype), capacity_of(grid, index)
-    problem = conv_problem("conv2d_block_scores", dtype, grid, geometry, tuple(x.shape), capacity)
-    tile = _tile(problem, dy, fallback=False)
-    assert tile is not None
+    dtype, capacity = precision(dy.dtype, "conv2d"), capacity_of(grid, index)
+    tile = _tile(conv_problem("conv2d_block_scores", dtype, grid, geometry, tuple(x.shape), capacity), dy)
+    if tile is None:  # many pixels and few blocks: too few programs, and cuDNN's panels are small
+        return dense.conv2d_block_scores(dy, x, index, grid, geometry)
     from sparsekern.backends.triton.launch import block_scores as norms
 
     return dense.without_stored(norms.conv2d_scores(dy, x, grid, geometry, tile), index, grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -195,14 +196,20 @@ class Tile:
     ctas: int = 0
 
 
-def precision(dtype: torch.dtype) -> str:
-    """``Problem.dtype`` of a torch dtype; float32 is "tf32" where torch's own CUDA matmuls would use it."""
-    if dtype == torch.float32:
-        matmul = torch.backends.cuda.matmul
-        # Since torch 2.9 reading allow_tf32 raises once the newer setting was used.
-        wish = getattr(matmul, "fp32_precision", None)
-        return "tf32" if (wish == "tf32" if wish is not None else matmul.allow_tf32) else "float32"
-    return str(dtype).removeprefix("torch.")
+def precision(dtype: torch.dtype, kind: str = "linear") -> str:
+    """``Problem.dtype`` of a torch dtype; float32 is "tf32" where PyTorch's own switch says so.
+
+    Matrix products (``kind`` "linear") and convolutions ("conv2d") have switches of their own, and cuDNN's is on by
+    default.
+    """
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    cudnn: Any = torch.backends.cudnn
+    old: Any = cudnn if kind == "conv2d" else torch.backends.cuda.matmul
+    switch = getattr(cudnn, "conv", None) if kind == "conv2d" else old
+    # Since torch 2.9 reading allow_tf32 raises once the newer setting was used.
+    wish = getattr(switch, "fp32_precision", None)
+    return "tf32" if (wish == "tf32" if wish is not None else old.allow_tf32) else "float32"
 
 
 def score_outputs(block: tuple[int, int]) -> int:

@@ -139,14 +139,17 @@ _LAUNCHES: dict[str, Callable[[_Operands, Tile], None]] = {
 
 @contextlib.contextmanager
 def _precision(dtype: str) -> Iterator[None]:
-    """PyTorch's own switch between fp32 and TF32, which the launches read."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    """PyTorch's own switches between fp32 and TF32, which the launches read."""
+    cudnn: Any = torch.backends.cudnn
+    switches = torch.backends.cuda.matmul, cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        for switch, setting in zip(switches, before, strict=True):
+            switch.fp32_precision = setting
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def conv2d_scores(dy: Tensor, x: Tensor, grid: BlockGrid, geometry: ConvGeometry
         ALIGN=alignment(c, x_group, most=tile.panel), ALIGN_Y=alignment(o, y_group, most=OUTPUTS),
         S=grid.kernel_size[1], TAPS=taps, GROUPS=groups,
         EVEN=y_group % OUTPUTS == 0 and x_group % tile.panel == 0,
-        PRECISION=common.precision(dy), STAGES=tile.stages,
+        PRECISION=common.precision(dy, "conv2d"), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, **common.OPTIONS,
     )  # fmt: skip
     return out

@@ -33,9 +33,9 @@ def missing() -> str | None:
     return None
 
 
-def precision(tensor: Tensor) -> str:
-    """``input_precision`` of ``tl.dot``; it matters for fp32 alone, where PyTorch's own switch decides."""
-    return "tf32" if problem.precision(tensor.dtype) == "tf32" else "ieee"
+def precision(tensor: Tensor, kind: str = "linear") -> str:
+    """``input_precision`` of ``tl.dot``; it matters for fp32 alone, where PyTorch's own switch for ``kind`` decides."""
+    return "tf32" if problem.precision(tensor.dtype, kind) == "tf32" else "ieee"
 
 
 @functools.lru_cache(maxsize=16)

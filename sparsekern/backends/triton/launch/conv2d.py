@@ -88,7 +88,7 @@ def forward(
     p, q = geometry.output_size(h, w, grid.kernel_size)
     y = torch.empty(n, grid.weight_shape[0], p, q, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if is_linear(grid, geometry):
-        linear.product(as_rows(x), as_rows(y), values, index, bias, grid, tile, transposed=False)
+        linear.product(as_rows(x), as_rows(y), values, index, bias, grid, tile, transposed=False, kind="conv2d")
     else:
         _product(x, y, values, index, bias, grid, geometry, tile, transposed=False)
     return y
@@ -107,7 +107,7 @@ def dgrad(
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx = torch.empty(input_shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     if is_linear(grid, geometry):
-        linear.product(as_rows(dy), as_rows(dx), values, index, None, grid, tile, transposed=True)
+        linear.product(as_rows(dy), as_rows(dx), values, index, None, grid, tile, transposed=True, kind="conv2d")
     else:
         _product(dy, dx, values, index, None, grid, geometry, tile, transposed=True)
     return dx
@@ -172,6 +172,6 @@ def _product(
         ALIGN=alignment(xc, x_group, most=min(edge, tile.bk)), ALIGN_Y=alignment(yc, yc // groups, most=bn),
         S=grid.kernel_size[1], GROUPS=groups,
         OUT_H=out_step[0], OUT_W=out_step[1], TRANSPOSED=transposed, HAS_BIAS=bias is not None,
-        EVEN_K=x_group % edge == 0, PRECISION=common.precision(x), STAGES=tile.stages,
+        EVEN_K=x_group % edge == 0, PRECISION=common.precision(x, "conv2d"), STAGES=tile.stages,
         **options,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def wgrad(
     dy = dy.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     if is_linear(grid, geometry):
-        return linear_wgrad.wgrad(as_rows(dy), as_rows(x), index, element_mask, with_bias, grid, tile, splits)
+        return linear_wgrad.wgrad(as_rows(dy), as_rows(x), index, element_mask, with_bias, grid, tile, splits, "conv2d")
     at, capacity = common.offsets(grid, index), capacity_of(grid, index)
     groups, block_rows, _, block_cols = grid.shape
     (n, c, h, w), (_, o, p, q), (bo, bi) = x.shape, dy.shape, grid.block
@@ -45,7 +45,7 @@ def wgrad(
         ALIGN=alignment(c, x_group, most=bi), ALIGN_Y=alignment(o, y_group, most=bo),
         S=grid.kernel_size[1], GROUPS=groups,
         EVEN_O=y_group % bo == 0, EVEN_I=x_group % bi == 0, WITH_BIAS=with_bias,
-        MASKED=element_mask is not None and out.last, PRECISION=common.precision(dy), STAGES=tile.stages,
+        MASKED=element_mask is not None and out.last, PRECISION=common.precision(dy, "conv2d"), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, **common.OPTIONS,
     )  # fmt: skip
     return panels.finish(out, element_mask)

@@ -49,8 +49,9 @@ def product(
     tile: Tile,
     *,
     transposed: bool,
+    kind: str = "linear",
 ) -> None:
-    """Writes y [M, N] from x [M, K] and the layout, or its transpose; ``grid`` may be that of a 1x1 convolution."""
+    """Writes y [M, N] from x [M, K] and the layout, or its transpose; ``grid``, ``kind``: also of a 1x1 "conv2d"."""
     x, values, at = common.rows(x), values.contiguous(), common.offsets(grid, index)
     m, k = x.shape
     if transposed:
@@ -85,7 +86,7 @@ def product(
             o_ptr, o_slot, o_union, o_entry,
             BM=tile.bm, BK=tile.bk, BN=bn, EDGE=edge, PANEL=union_rows(bn),
             TRANSPOSED=transposed, HAS_BIAS=bias is not None, EVEN_K=k % edge == 0,
-            PRECISION=common.precision(x), STAGES=tile.stages, **options,
+            PRECISION=common.precision(x, kind), STAGES=tile.stages, **options,
         )  # fmt: skip
     else:
         kernels.linear_gather_kernel[common.programs(tile, m_tiles * block_rows, x.device)](
@@ -93,5 +94,5 @@ def product(
             o_ptr, o_col, o_slot, order,
             BM=tile.bm, BK=tile.bk, BN=bn, EDGE=edge,
             TRANSPOSED=transposed, HAS_BIAS=bias is not None, EVEN_K=k % edge == 0,
-            PRECISION=common.precision(x), STAGES=tile.stages, **options,
+            PRECISION=common.precision(x, kind), STAGES=tile.stages, **options,
         )  # fmt: skip

@@ -20,6 +20,7 @@ def wgrad(
     grid: BlockGrid,
     tile: Tile,
     splits: int = 1,
+    kind: str = "linear",
 ) -> tuple[Tensor, Tensor]:
     """dw = dy^T x at the stored blocks, dbias = column sums of dy.
 
@@ -31,6 +32,7 @@ def wgrad(
         grid: of the weight [O, I] (or of a 1x1 convolution).
         tile: how a program is cut.
         splits: chunks of the tokens, summed in a fixed order.
+        kind: "conv2d" for the pixels of a 1x1 convolution.
 
     Returns:
         dvalues [capacity, bo, bi], spare slots zero, and dbias [O] ([0] without bias).
@@ -43,7 +45,7 @@ def wgrad(
         m, i, o, x.stride(0), dy.stride(0), grid.rows, capacity, out.chunk, at.row_ptr, at.col,
         ROWS=triton.next_power_of_2(grid.rows + 1), BT=tile.bm, BO=bo, BI=bi, PANEL=tile.panel,
         EVEN_O=o % bo == 0, EVEN_I=i % bi == 0, WITH_BIAS=with_bias, MASKED=element_mask is not None and out.last,
-        PRECISION=common.precision(dy), STAGES=tile.stages,
+        PRECISION=common.precision(dy, kind), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, **common.OPTIONS,
     )  # fmt: skip
     return panels.finish(out, element_mask)
