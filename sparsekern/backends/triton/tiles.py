@@ -81,8 +81,9 @@ class Choice:
 
 
 def candidates(problem: Problem, arch: int) -> tuple[Tile, ...]:
-    """Every shipped tile that can run ``problem``; they depend on op, dtype, block and architecture alone."""
-    return _tiles(problem.op, problem.dtype, problem.block, arch)
+    """Every shipped tile that can run ``problem``; they depend on op, dtype, block, architecture and stride alone."""
+    listed = _tiles(problem.op, problem.dtype, problem.block, arch)
+    return tuple(tile for tile in listed if tile.variant != "tma" or problem.stride_area == 1)
 
 
 def shipped(arch: int) -> Iterator[tuple[Problem, Tile]]:
@@ -91,10 +92,12 @@ def shipped(arch: int) -> Iterator[tuple[Problem, Tile]]:
         for dtype in DTYPES:
             for block in BLOCKS:
                 problem = Problem(op, dtype, block, 4096, 4096, 4096, 1)
-                if op in CONV_OPS:  # 3x3 with stride 2, the harder one to compile: dgrad has phases
-                    problem = replace(problem, out_features=512, in_features=512, taps=9, source=16384, stride_area=4)
+                if op in CONV_OPS:
+                    problem = replace(problem, out_features=512, in_features=512, taps=9, source=4096)
+                # 3x3 with stride 2 is the harder one to compile: dgrad has phases.
+                strided = replace(problem, source=16384, stride_area=4) if op in CONV_OPS else problem
                 for tile in candidates(problem, arch):
-                    yield problem.at_density(0.1), tile
+                    yield (problem if tile.variant == "tma" else strided).at_density(0.1), tile
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,19 +123,28 @@ def _product(problem: Problem) -> Iterator[Tile]:
     depth = 128 // problem.itemsize  # a row of a stage is 128 bytes
     stages = 3 if n == 128 else 4
     yield Tile("gather", 256, depth, 1, 8 if n >= 64 else 4, 4)
+    if problem.itemsize == 2 and n <= 64:  # half as deep: two or three programs per multiprocessor
+        yield Tile("gather", 256, depth // 2, 1, 8, 4)
     yield Tile("gather", 128, depth, 1, 4, stages)
     yield Tile("gather", 32, depth, 1, 4, 4)
-    if problem.itemsize == 2 and k >= 64:
-        yield Tile("tma", 256, depth, 1, 8, 4)
-        yield Tile("tma", 128, depth, 1, 4, stages)
+    if problem.itemsize == 2 and k >= 32:
+        yield from _by_copy_engine(n, k)
     if n <= 32 and k <= 64:  # narrow blocks use a tile of x too little to load it for one block row
         yield Tile("union", 128, k, UNION_WIDTH // n, 4, 7)
 
 
+def _by_copy_engine(n: int, k: int) -> Iterator[Tile]:
+    """A whole grid of programs, and as many as fit at a time going round: which is better waits for a GPU."""
+    for ctas in (0, 1):
+        yield Tile("tma", 256, min(k, 64), 1, 8, 4, ctas)
+    for ctas in (0, 2):
+        yield Tile("tma", 128, min(k, 64), 1, 8 if n == 128 else 4, 3 if n == 128 else 4, ctas)
+
+
 def _conv_product(problem: Problem) -> Iterator[Tile]:
-    """forward and dgrad of convolutions: pixels as tokens, pointers alone. Small batches and the last stages of a
-    network have few pixels, so 64 of them too."""
-    n, _ = problem.edges
+    """forward and dgrad of convolutions: pixels as tokens. Small batches and the last stages of a network have few
+    pixels, so 64 of them too."""
+    n, k = problem.edges
     if problem.dtype == "float32":  # of 128 outputs, 128 pixels spilled 32 to 160 bytes; of 64, 32 deep, 128
         if n <= 64:
             yield Tile("gather", 128, 16, 1, 8 if n == 64 else 4, 3)
@@ -145,6 +157,10 @@ def _conv_product(problem: Problem) -> Iterator[Tile]:
     wide = n == 128 or (n == 64 and problem.dtype == "tf32")  # with 4 warps 32 bytes on sm_80 with Triton 3.6
     yield Tile("gather", 128, depth, 1, 8 if wide else 4, stages)
     yield Tile("gather", 64, depth, 1, 4, 4)
+    if problem.itemsize == 2 and n <= 32:
+        yield Tile("gather", 256, depth // 2, 1, 8, 4)
+    if problem.itemsize == 2 and k >= 32:
+        yield from _by_copy_engine(n, k)
 
 
 def _wgrad(problem: Problem) -> Iterator[Tile]:
@@ -191,7 +207,7 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     """Why ``tile`` can't run ``problem`` on this architecture, or None."""
     (bo, bi), (n, k) = problem.block, problem.edges
     variants = {"wgrad": ("panel",), "scores": ("scores",)}.get(
-        problem.step, ("gather",) if problem.kind == "conv2d" else ("gather", "tma", "union")
+        problem.step, ("gather", "tma") if problem.kind == "conv2d" else ("gather", "tma", "union")
     )
     if tile.variant not in variants:
         return f"variant: expected one of {', '.join(variants)}, got {tile.variant}"
@@ -203,8 +219,10 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
         if tile.variant == "tma":
             if arch < DESCRIPTORS:
                 return f"tma: needs sm_{DESCRIPTORS} or later"
-            if problem.itemsize != 2 or k < 64 or tile.bk != 64:
-                return "tma: needs a 16-bit dtype, a block edge of 64 or more along the reduction, and bk 64"
+            if problem.stride_area > 1:
+                return "tma: a box of pixels has stride 1"
+            if problem.itemsize != 2 or k < 32 or tile.bk != min(k, 64):  # narrower boxes waste the copy engine
+                return "tma: needs a 16-bit dtype, a block edge of 32 or more along the reduction, and bk of up to 64"
         if tile.variant == "union" and (n > 32 or tile.panel != UNION_WIDTH // n or tile.bk != k or k > 64):
             return f"union: needs a block edge of 16 or 32 along the outputs, panel {UNION_WIDTH // n} and bk {k} <= 64"
         if tile.variant != "union" and tile.panel != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -76,3 +77,8 @@ def describable(*tensors: Tensor) -> bool:
         t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.shape[0] > 0 and t.stride(1) == 1
         for t in tensors
     )
+
+
+def by_pointers(tile: Tile) -> Tile:
+    """What runs instead of a "tma" tile where the copy engine can't address: few enough registers for every block."""
+    return dataclasses.replace(tile, variant="gather", bm=min(tile.bm, 128), warps=8, stages=min(tile.stages, 3))

@@ -129,7 +129,8 @@ def _product(
     if y.numel() == 0:
         return
     values, at = values.contiguous(), common.offsets(grid, index)
-    by_copy_engine = tile.variant == "tma" and _describable(x, y, values, grid, geometry, tile, transposed)
+    if tile.variant == "tma" and not _describable(x, y, values, grid, geometry, tile, transposed):
+        tile = common.by_pointers(tile)
     groups, block_rows, _, block_cols = grid.shape
     (n, xc, h, w), (_, yc, yh, yw) = x.shape, y.shape
     top, _, left, _ = geometry.padding
@@ -147,7 +148,7 @@ def _product(
     work = triton.cdiv(pixels, tile.bm) * math.prod(out_step) * block_rows * groups
     x_group = xc // groups
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **common.OPTIONS}
-    if by_copy_engine:
+    if tile.variant == "tma":
         images, bh, bw = box(n, yh, yw, tile.bm)
         m_tiles = triton.cdiv(n, images) * triton.cdiv(yh, bh) * triton.cdiv(yw, bw)
         kernels.conv2d_tma_kernel[common.programs(tile, m_tiles * block_rows * groups, x.device)](

@@ -64,13 +64,12 @@ def product(
         o_ptr, o_col, o_slot, o_union, o_entry = at.row_ptr, at.col, at.col, at.union_ptr, at.union
     if m == 0:
         return
+    if tile.variant == "tma" and not (values.shape[0] and common.describable(x, y, values.view(-1, values.shape[2]))):
+        tile = common.by_pointers(tile)
     m_tiles = triton.cdiv(m, tile.bm)
     group = common.token_group(tile, k, x.element_size())
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **common.OPTIONS}
-    variant = tile.variant
-    if variant == "tma" and not (values.shape[0] and common.describable(x, y, values.view(-1, values.shape[2]))):
-        variant = "gather"
-    if variant == "tma":
+    if tile.variant == "tma":
         w_box = [tile.bk, bn] if transposed else [bn, tile.bk]
         kernels.linear_tma_kernel[common.programs(tile, m_tiles * block_rows, x.device)](
             TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]),
@@ -80,7 +79,7 @@ def product(
             BM=tile.bm, BK=tile.bk, BN=bn, EDGE=edge,
             TRANSPOSED=transposed, HAS_BIAS=bias is not None, STAGES=tile.stages, **options,
         )  # fmt: skip
-    elif variant == "union":
+    elif tile.variant == "union":
         kernels.linear_union_kernel[common.programs(tile, m_tiles * panels, x.device)](
             x, values, bias, y, index, m, k, n, x.stride(0), y.stride(0), block_rows, panels, group,
             o_ptr, o_slot, o_union, o_entry,
