@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,8 +45,7 @@ class Net:
     channels: int
     width: float = 1.0
 
-    def build(self, width: float | None = None) -> nn.Module:
-        width = self.width if width is None else width
+    def build(self, width: float) -> nn.Module:
         return models.build(self.model, num_classes=self.classes, in_shape=self.in_shape, width=width)
 
 
@@ -92,6 +91,14 @@ def aligned_width(net: Net, macs: float) -> float:
     return min(widths, key=miss)
 
 
+class Prepared(NamedTuple):
+    """A contender ready to be timed, its multiply-accumulates per sample and its layers by state."""
+
+    steps: NetSteps
+    macs: int
+    layers: dict[str, int]
+
+
 class Bench:
     """One net in one mode on one device."""
 
@@ -102,24 +109,24 @@ class Bench:
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(0, self.net.classes, (self.net.batch,), device=device)
         self.timer: Timer = CudaTimer() if device == "cuda" else CpuTimer()
-        self.dense, _ = self.prepare(Contender("dense"))
-        self.dense_macs = self.macs(self.dense.model)
         self.sparse_macs = 0
+        self.dense_macs = macs_at(
+            self.net.model, self.net.width, num_classes=self.net.classes, in_shape=self.net.in_shape
+        )
+        self.dense = self.prepare(Contender("dense")).steps
         self.parts: dict[str, dict[str, float]] = {}
 
-    def macs(self, model: nn.Module) -> int:
-        return sum(models.count_macs(model, self.images[:1]).values())
-
-    def prepare(self, contender: Contender) -> tuple[NetSteps, dict[str, int]]:
-        """The net with its optimizer, and its layers by state."""
+    def prepare(self, contender: Contender) -> Prepared:
+        """The net with its optimizer after a first step."""
         torch.manual_seed(0)
-        width: float | None = None
+        net, width, macs = self.net, self.net.width, self.dense_macs
         if contender.kind in (NARROW, ALIGNED):
-            target, net = self.sparse_macs or self.dense_macs * (100 - SPARSITY) / 100, self.net
+            target = self.sparse_macs or self.dense_macs * (100 - SPARSITY) / 100
             if contender.kind == ALIGNED:
                 width = aligned_width(net, target)
             else:
                 width, _ = models.match_macs(net.model, target, num_classes=net.classes, in_shape=net.in_shape)
+            macs = macs_at(net.model, width, num_classes=net.classes, in_shape=net.in_shape)
         model = self.net.build(width).to(self.device)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         layers: dict[str, int] = {}
@@ -134,17 +141,17 @@ class Bench:
                 plan = sk.sparsify_(model, config, example_input=self.images)
             for layer in plan.layers:
                 layers[layer.state] = layers.get(layer.state, 0) + 1
-            self.sparse_macs = self.sparse_macs or self.macs(model)
+            macs = int(plan.to_dict()["totals"]["macs"])  # a forward pass to count them would compile float32 kernels
+            self.sparse_macs = self.sparse_macs or macs
         steps = NetSteps(model, self.images, self.labels, self.mode)
         loss = steps.first_loss()
         if not (math.isfinite(loss) and loss > 0):
             raise ArithmeticError(f"expected a finite positive loss, got {loss}")
-        return steps, layers
+        return Prepared(steps, macs, layers)
 
     def measure(self, contender: Contender) -> None:
         """Rows of one contender, and those of the dense net beside the first."""
-        steps, layers = self.prepare(contender)
-        macs = self.macs(steps.model)
+        steps, macs, layers = self.prepare(contender)
         for pass_ in PASSES:
             calls = {"dense": self.dense.call(pass_), "other": steps.call(pass_)}
             times = race(Plain(), self.timer, calls, hero="other", effort=self.effort, repeat_short=False)
