@@ -141,9 +141,13 @@ def problems(row: Row) -> tuple[str, ...]:
 
 
 def sampled(shipped: Iterable[tuple[Problem, Tile]]) -> Iterator[tuple[Problem, Tile]]:
-    """The part of the shipped tiles that has every op and variant: blocks :data:`SAMPLE_BLOCKS`, dtypes
-    :data:`SAMPLE_DTYPES`, the first tile of each variant."""
-    inside = ((p, tile) for p, tile in shipped if p.dtype in SAMPLE_DTYPES and p.block in SAMPLE_BLOCKS)
+    """The part of the shipped tiles that has every op and variant: blocks :data:`SAMPLE_BLOCKS` in bf16, the square
+    ones of them in the other :data:`SAMPLE_DTYPES`, the first tile of each variant."""
+    inside = (
+        (p, tile)
+        for p, tile in shipped
+        if p.block in SAMPLE_BLOCKS and p.dtype in SAMPLE_DTYPES and (p.dtype == "bfloat16" or p.block[0] == p.block[1])
+    )
     return first_of_variants(inside)
 
 
