@@ -17,6 +17,8 @@ from benchmarks.shapes import BLOCKS_GPU, CONV_GPU_SETS, LINEAR_GPU, LINEAR_GPU_
 # Test files in the order of doubt: kernels that no GPU has seen come first. Paths that do not exist are left out.
 TESTS_FIRST = ("tests/test_triton_gpu.py", "tests/test_triton_linear.py", "tests/test_triton_conv2d.py", "tests/triton")
 TESTS_REST = ("tests",)
+OTHER_TILES = "other_tiles"  # tests of tiles that no default takes, by the thousand
+TILE_TESTS = TESTS_FIRST[0]
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 RESULT = "{result}"  # stands for the file a chunk writes
 LOGS = "{logs}"  # stands for a folder for more output than one log
@@ -86,9 +88,10 @@ class Settings:
 
 def plan(settings: Settings) -> list[Chunk]:
     """All chunks, the most important first."""
+    tests, last_tests = _test_chunks(settings)
     chunks = [
-        _module("smoke", "benchmarks.smoke", settings, _forced(settings), timeout_s=240, estimate_s=60),
-        *_tests(settings),
+        _module("smoke", "benchmarks.smoke", settings, _forced(settings), timeout_s=240, estimate_s=90),
+        *tests,
         *_probes(settings),
         *_gates(settings),
         *_conv_gates(settings),
@@ -99,6 +102,7 @@ def plan(settings: Settings) -> list[Chunk]:
         *_accuracy(settings),
         *_peers(settings),
         *_convolutions(settings),
+        *last_tests,
     ]
     if settings.rehearsal:
         return [replace(chunk, estimate_s=15.0, timeout_s=200.0) for chunk in chunks]
@@ -134,7 +138,8 @@ def _module(
     return Chunk(name, command, f"{name}.json", timeout_s=timeout_s, estimate_s=estimate_s, env=env)
 
 
-def _tests(settings: Settings) -> list[Chunk]:
+def _test_chunks(settings: Settings) -> tuple[list[Chunk], list[Chunk]]:
+    """Tests to run first, and those that compile every tile, minutes of it, to run last."""
     options: tuple[str, ...] = ("-o", "faulthandler_timeout=120", "--maxfail=30")
     if settings.rehearsal:
         options = ("--collect-only",)
@@ -148,18 +153,19 @@ def _tests(settings: Settings) -> list[Chunk]:
         return Chunk(name, command, timeout_s=timeout_s, estimate_s=estimate_s, empty_ok=True)
 
     if settings.tests:
-        return [chunk("tests", *settings.tests, timeout_s=420, estimate_s=180)]
+        return [chunk("tests", *settings.tests, timeout_s=420, estimate_s=180)], []
     if settings.rehearsal:
-        return [chunk("tests-gpu", *TESTS_REST, timeout_s=120, estimate_s=15)]
+        return [chunk("tests-gpu", *TESTS_REST, timeout_s=120, estimate_s=15)], []
     first = [path for path in TESTS_FIRST if (settings.root / path).exists()]
     rest = ["-m", "gpu", "--continue-on-collection-errors", *(f"--ignore={path}" for path in first), *TESTS_REST]
     names = [Path(path).stem.replace("test_", "tests-").replace("_", "-") for path in first]
-    estimates = {"tests-triton-gpu": 280.0}  # every shipped tile is compiled
     doubtful = [
-        chunk(name, path, timeout_s=420, estimate_s=estimates.get(name, 120))
+        chunk(name, path, *(("-k", f"not {OTHER_TILES}") if path == TILE_TESTS else ()), timeout_s=420, estimate_s=120)
         for name, path in zip(names, first, strict=True)
     ]
-    return [*doubtful, chunk("tests-gpu", *rest, timeout_s=300, estimate_s=60)]
+    last = [chunk("tests-other-tiles", TILE_TESTS, "-k", OTHER_TILES, timeout_s=560, estimate_s=420)]
+    last = last if TILE_TESTS in first else []
+    return [*doubtful, chunk("tests-gpu", *rest, timeout_s=300, estimate_s=60)], last
 
 
 def _probes(settings: Settings) -> list[Chunk]:
