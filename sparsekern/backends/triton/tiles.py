@@ -123,14 +123,20 @@ def _product(problem: Problem) -> Iterator[Tile]:
     depth = 128 // problem.itemsize  # a row of a stage is 128 bytes
     stages = 3 if n == 128 else 4
     yield Tile("gather", 256, depth, 1, 8 if n >= 64 else 4, 4)
-    if problem.itemsize == 2 and n <= 64:  # half as deep: two or three programs per multiprocessor
-        yield Tile("gather", 256, depth // 2, 1, 8, 4)
+    if problem.itemsize == 2 and n <= 64:
+        yield _shallow(n, depth)
     yield Tile("gather", 128, depth, 1, 4, stages)
     yield Tile("gather", 32, depth, 1, 4, 4)
     if problem.itemsize == 2 and k >= 32:
         yield from _by_copy_engine(n, k)
     if n <= 32 and k <= 64:  # narrow blocks use a tile of x too little to load it for one block row
         yield Tile("union", 128, k, UNION_WIDTH // n, 4, 7)
+
+
+def _shallow(n: int, depth: int) -> Tile:
+    """Less of a row ahead, so two or three programs fit a multiprocessor. Half as deep, the weights of 16 outputs would
+    come 4 bytes at a time."""
+    return Tile("gather", 256, depth, 1, 8, 3) if n == 16 else Tile("gather", 256, depth // 2, 1, 8, 4)
 
 
 def _by_copy_engine(n: int, k: int) -> Iterator[Tile]:
@@ -158,7 +164,7 @@ def _conv_product(problem: Problem) -> Iterator[Tile]:
     yield Tile("gather", 128, depth, 1, 8 if wide else 4, stages)
     yield Tile("gather", 64, depth, 1, 4, 4)
     if problem.itemsize == 2 and n <= 32:
-        yield Tile("gather", 256, depth // 2, 1, 8, 4)
+        yield _shallow(n, depth)
     if problem.itemsize == 2 and k >= 32:
         yield from _by_copy_engine(n, k)
 
@@ -221,6 +227,8 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
                 return f"tma: needs sm_{DESCRIPTORS} or later"
             if problem.stride_area > 1:
                 return "tma: a box of pixels has stride 1"
+            if problem.kind == "conv2d" and arch >= 100 and tile.bm * n == 256 * 128:
+                return "tma: 256 pixels by 128 outputs spill 12 to 92 bytes"
             if problem.itemsize != 2 or k < 32 or tile.bk != min(k, 64):  # narrower boxes waste the copy engine
                 return "tma: needs a 16-bit dtype, a block edge of 32 or more along the reduction, and bk of up to 64"
         if tile.variant == "union" and (n > 32 or tile.panel != UNION_WIDTH // n or tile.bk != k or k > 64):
