@@ -108,7 +108,7 @@ def _tiles(op: str, dtype: str, block: tuple[int, int], arch: int) -> tuple[Tile
     product = _conv_product if problem.kind == "conv2d" else _product
     listed = {"wgrad": _wgrad, "scores": _scores}.get(problem.step, product)(problem)
     fitting = (_fitted(problem, tile, arch) for tile in listed)
-    return tuple(tile for tile in fitting if why_not(problem, tile, arch) is None)
+    return tuple(dict.fromkeys(tile for tile in fitting if why_not(problem, tile, arch) is None))
 
 
 def _product(problem: Problem) -> Iterator[Tile]:
