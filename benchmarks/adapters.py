@@ -109,7 +109,7 @@ def choices(problem: Problem, pass_: str, fallback: bool) -> dict[str, Any]:
 def _asked(facts: Any, problem: Problem, op: str) -> Any:
     """What the backend would ask its tiles for."""
     shape, capacity, grid = problem.shape, problem.values.shape[0], problem.layout.grid
-    name, dtype = f"{problem.op}_{op}", facts.precision(problem.dtype)
+    name, dtype = f"{problem.op}_{op}", facts.precision(problem.dtype, problem.op)
     if problem.op == "linear":
         return facts.Problem(name, dtype, grid.block, shape.m, shape.o, shape.i, capacity)
     geometry = ConvGeometry((shape.stride,) * 2, (shape.padding,) * 4, (1, 1))
