@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import allocation, cost, matching, tracing
-from sparsekern.backends import ConvGeometry, OpDesc, choice
+from sparsekern.backends import ConvGeometry, OpDesc, choice, get
 from sparsekern.backends import candidates as backend_candidates
 from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout, as_block
@@ -189,9 +189,8 @@ class Planner:
         conv = None
         if isinstance(module, nn.Conv2d):
             geometry = f"s{module.stride} p{module.padding} d{module.dilation}"
-            (sh, sw), (dh, dw) = module.stride, module.dilation
-            left, right, top, bottom = module._reversed_padding_repeated_twice
-            conv = ConvGeometry((sh, sw), (top, bottom, left, right), (dh, dw))
+            conv = _geometry(module)
+            sh, sw = conv.stride
             if call is not None:
                 x, y = call.x_shape, call.y_shape
                 x = x if len(x) == 4 else (1, *x)
@@ -499,9 +498,24 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: module.mask for name, module in model.named_modules() if isinstance(module, SparseModule)}
 
 
-def explain(model: nn.Module) -> str:
-    """What runs each sparse layer, which backends were considered and why each was kept or dropped."""
+def _geometry(conv: nn.Conv2d | SparseConv2d) -> ConvGeometry:
+    """Of a convolution; its padding as numbers, also where it is given as text."""
+    (sh, sw), (dh, dw) = conv.stride, conv.dilation
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return ConvGeometry((sh, sw), (top, bottom, left, right), (dh, dw))
+
+
+def explain(model: nn.Module, example_input: Any = None) -> str:
+    """What runs each sparse layer, which backends were considered and why each was kept or dropped.
+
+    Args:
+        model: with sparse layers.
+        example_input: as the model takes it; with it, GPU layers also tell the tile of each pass at these shapes, or
+            that the pass is dense, and the times that decided.
+    """
     lines = []
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
+    calls = tracing.trace(model, dict(sparse), example_input) if example_input is not None else {}
     for name, module in model.named_modules():
         if not isinstance(module, SparseModule):
             continue
@@ -518,4 +532,9 @@ def explain(model: nn.Module) -> str:
             lines.append(
                 f"    {candidate}: {reason or ('chosen' if candidate == chosen else 'possible, not preferred')}"
             )
+        if name in calls and (tell := getattr(get(chosen), "explain", None)) is not None:
+            geometry = _geometry(module) if isinstance(module, SparseConv2d) else None
+            layout = module.layout
+            passes = tell(w.dtype, w.device, layout.grid, layout.capacity, calls[name].x_shape, geometry)
+            lines += [f"        {line}" for line in passes]
     return "\n".join(lines) or "no sparse layers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -339,3 +340,24 @@ def test_compiles_as_one_graph(forced):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(compiled(x), sk.sparse_conv2d(x, values, layout, None, 1, 1))
+
+
+def test_explain_tells_the_tile_of_each_pass(forced):
+    """With an example input: every pass of every layer, unbatched images and leading dimensions too."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 64, 3, padding="same", device=DEVICE)
+    linear = torch.nn.Linear(64, 48, device=DEVICE)
+    layout, flat = layout_of((64, 32, 3, 3), (32, 32), 0.3), layout_of((48, 64), (16, 32), 0.3)
+    model = torch.nn.Sequential(
+        sk.SparseConv2d.from_dense(conv, layout.mask(), block=32),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        sk.SparseLinear.from_dense(linear, flat.mask(), block=(16, 32)),
+    )
+    x = torch.randn(2, 32, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    text = sk.explain(model, x)
+    assert text.count("triton: chosen") == 2
+    for step in ("forward", "dgrad", "wgrad"):
+        assert len(re.findall(rf"{step}: \w+ tile .* \(model for \w+: kernel \d+ us, dense \d+ us\)", text)) == 2
+    assert "tile" not in sk.explain(model)
+    assert "forward: " in sk.explain(model[0], x[0])

@@ -6,6 +6,7 @@ With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests. Triton itself is
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -182,3 +183,35 @@ def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, g
     from sparsekern.backends.triton.launch import block_scores as norms
 
     return dense.without_stored(norms.conv2d_scores(dy, x, grid, geometry, tile), index, grid)
+
+
+# -- what would run ----------------------------------------------------------------------------------------------------
+
+
+def explain(
+    dtype: torch.dtype,
+    device: torch.device,
+    grid: BlockGrid,
+    capacity: int,
+    x_shape: tuple[int, ...],
+    geometry: ConvGeometry | None,
+) -> list[str]:
+    """One line per pass of a layer at x [..., I] or [N, C, H, W]: the tile or dense, why, and the times compared."""
+    kind, chip, lines = "linear" if geometry is None else "conv2d", chips.current(device), []
+    for step in ("forward", "dgrad", "wgrad"):
+        if geometry is None:
+            out_features, in_features = grid.weight_shape
+            m, name = math.prod(x_shape[:-1]), precision(dtype)
+            problem = Problem(f"linear_{step}", name, grid.block, m, out_features, in_features, capacity)
+        else:
+            images = x_shape if len(x_shape) == 4 else (1, *x_shape)
+            problem = conv_problem(f"conv2d_{step}", precision(dtype, kind), grid, geometry, images, capacity)
+        found = tiles.choose(problem, chip, fallback=forced() != "triton")
+        if found.tile is None:
+            runs = "dense on the materialised weight"
+        else:
+            t = found.tile
+            runs = f"{t.variant} tile {t.bm}x{t.bk or t.panel * grid.block[1]}, {t.warps} warps, {t.stages} stages"
+        us = f"{found.seconds * 1e6:.0f} us, dense {found.dense_seconds * 1e6:.0f} us"
+        lines.append(f"{step}: {runs} ({found.source} for {chip.name}: kernel {us})")
+    return lines
