@@ -303,3 +303,14 @@ def test_block_scores_are_norms_of_absent_blocks(backend, monkeypatch):
         want = layout.grid.to_blocks(w.grad).flatten(1).norm(dim=1).view(layout.grid.shape)
         got = OPS.conv2d_block_scores(dy, x.detach(), layout.index, 4, 4, *CONV.values())
         torch.testing.assert_close(got, want.masked_fill(layout.block_mask(), -torch.inf), rtol=1e-4, atol=1e-5)
+
+
+def test_block_scores_of_half_precision_do_not_overflow(backend):
+    layout = random_layout(BlockGrid((16, 16), (8, 8)), 0.0)
+    x, dy = torch.full((2, 16), 300.0, dtype=torch.float16), torch.full((2, 16), 300.0, dtype=torch.float16)
+    assert torch.equal(OPS.block_scores(dy, x, layout.index, 8, 8), torch.full((2, 2), 8 * 2 * 9e4))
+    layout = random_layout(BlockGrid((8, 8, 1, 1), (8, 8)), 0.0)
+    x, dy = (torch.full((2, 8, 1, 1), 300.0, dtype=torch.float16) for _ in range(2))
+    geometry = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    got = OPS.conv2d_block_scores(dy, x, layout.index, 8, 8, *geometry)
+    torch.testing.assert_close(got, torch.full((1, 1, 1, 1), 8 * 2 * 9e4))

@@ -119,12 +119,19 @@ def _norms(dw: Tensor, block: tuple[int, int], groups: int) -> Tensor:
     return panel.to_blocks(wide).flatten(1).norm(dim=1).float().view(panel.shape)
 
 
+def _summable(tensor: Tensor) -> Tensor:
+    """fp16 in fp32: a gradient summed over many tokens passes 65504."""
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
+
+
 def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+    dy, x = _summable(dy), _summable(x)
     parts = [_norms(part.t() @ x, grid.block, 1) for part in dy.split(_rows_at_once(grid), 1)]
     return without_stored(torch.cat(parts, 1)[0, :, 0], index, grid)
 
 
 def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
+    dy, x = _summable(dy), _summable(x)
     groups = []
     for dy_group, x_group in zip(dy.chunk(grid.groups, 1), x.chunk(grid.groups, 1), strict=True):
         parts = []
