@@ -175,16 +175,16 @@ def _wgrad(problem: Problem) -> Iterator[Tile]:
     for width, stages in ((128, 2), (64, 2)) if plain else ((256, 4), (128, 3), (64, 4)):
         if width >= bi:
             bm = 64 if problem.itemsize == 2 else 32
-            if plain and width * bo == 128 * 128:
-                bm = 16  # 32 spilled 100 bytes on sm_80 with Triton 3.6
+            if plain and (width * bo == 128 * 128 or (problem.kind == "conv2d" and width * bo == 128 * 64)):
+                bm = 16  # 32 spilled 100 bytes on sm_80 with Triton 3.6, and 1140 in convolutions
             warps = 8 if plain or (width + 64) * bo > 96 * 128 else 4  # the bias sum takes 64 x bo accumulators
             yield Tile("panel", bm, 0, width // bi, warps, stages)
 
 
 def _scores(problem: Problem) -> Iterator[Tile]:
     """A dense product: its usual tiles."""
-    if problem.dtype == "float32":
-        yield Tile("scores", 32, 0, 128, 8, 2)
+    if problem.dtype == "float32":  # of convolutions, 32 deep spilled 12 to 48 bytes
+        yield Tile("scores", 16 if problem.kind == "conv2d" else 32, 0, 128, 8, 2)
         return
     tokens = 128 // problem.itemsize
     yield Tile("scores", tokens, 0, 256, 8, 4)
@@ -220,6 +220,8 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if tile.bm not in (16, 32, 64, 128, 256):
         return f"bm: expected a power of two within 16..256, got {tile.bm}"
     if tile.variant in ("gather", "tma", "union"):
+        if problem.kind == "conv2d" and problem.dtype == "tf32" and arch >= 100 and tile.bm == 256:
+            return "gather: 256 pixels of TF32 spill up to 40 bytes"
         if tile.bk < 16 or (tile.bk % k and k % tile.bk):
             return f"bk: expected a multiple or a divisor of {k}, 16 and more, got {tile.bk}"
         if tile.variant == "tma":
