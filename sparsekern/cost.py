@@ -25,7 +25,7 @@ import torch
 
 from sparsekern.backends import ConvGeometry, choice, native, user_cache
 from sparsekern.backends.triton import chips, tiles
-from sparsekern.backends.triton.problem import Problem, conv_problem, precision
+from sparsekern.backends.triton.problem import Problem, layer_problem
 from sparsekern.layout import BlockGrid
 
 AUTO_BLOCKS = (4, 8, 16, 32)
@@ -142,10 +142,7 @@ def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
 
 def _linear_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
     """The passes of a linear layer as the triton backend sees them."""
-    dtype = precision(getattr(torch, case.dtype))
-    (out_features, in_features), m = case.weight_shape, case.positions
-    ops = ("linear_forward", "linear_dgrad", "linear_wgrad")
-    return [Problem(op, dtype, block, m, out_features, in_features, nnz) for op in ops]
+    return _problems(case, block, nnz, None, (case.positions, case.weight_shape[1]))
 
 
 def conv_geometry(case: Case) -> ConvGeometry:
@@ -158,10 +155,14 @@ def conv_geometry(case: Case) -> ConvGeometry:
 
 def _conv_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
     """The passes of a convolution; linear ones where it is a linear layer over its pixels."""
-    dtype, geometry = precision(getattr(torch, case.dtype), "conv2d"), conv_geometry(case)
-    grid = BlockGrid(case.weight_shape, block, case.groups)
-    ops = ("conv2d_forward", "conv2d_dgrad", "conv2d_wgrad")
-    return [conv_problem(op, dtype, grid, geometry, case.x_shape, nnz) for op in ops]
+    return _problems(case, block, nnz, conv_geometry(case), case.x_shape)
+
+
+def _problems(
+    case: Case, block: tuple[int, int], nnz: int, geometry: ConvGeometry | None, x_shape: tuple[int, ...]
+) -> list[Problem]:
+    grid, dtype = BlockGrid(case.weight_shape, block, case.groups), getattr(torch, case.dtype)
+    return [layer_problem(step, dtype, grid, geometry, x_shape, nnz) for step in ("forward", "dgrad", "wgrad")]
 
 
 # Kinds with kernels on a GPU: (case, block, nnz) -> the problems of one training step.

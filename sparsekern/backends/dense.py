@@ -112,10 +112,10 @@ def _rows_at_once(grid: BlockGrid) -> int:
     return max(_PANEL_ELEMENTS // per_row, 1) * grid.block[0]
 
 
-def _norms(dw: Tensor, block: tuple[int, int], groups: int) -> Tensor:
-    """Frobenius norms [G, Ob, T, Ib] of the blocks of a (part of a) dense gradient, accumulated in fp32 at least."""
+def _norms(dw: Tensor, block: tuple[int, int]) -> Tensor:
+    """Frobenius norms [1, Ob, T, Ib] of the blocks of a (part of a) dense gradient, accumulated in fp32 at least."""
     wide = dw.to(torch.float64 if dw.dtype == torch.float64 else torch.float32)
-    panel = BlockGrid(tuple(dw.shape), block, groups)
+    panel = BlockGrid(tuple(dw.shape), block)
     return panel.to_blocks(wide).flatten(1).norm(dim=1).float().view(panel.shape)
 
 
@@ -126,7 +126,7 @@ def _summable(tensor: Tensor) -> Tensor:
 
 def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
     dy, x = _summable(dy), _summable(x)
-    parts = [_norms(part.t() @ x, grid.block, 1) for part in dy.split(_rows_at_once(grid), 1)]
+    parts = [_norms(part.t() @ x, grid.block) for part in dy.split(_rows_at_once(grid), 1)]
     return without_stored(torch.cat(parts, 1)[0, :, 0], index, grid)
 
 
@@ -139,6 +139,6 @@ def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, g
             part_grid = BlockGrid((part.shape[1], *grid.weight_shape[1:]), grid.block)
             weight = dy.new_empty(1).expand(part_grid.weight_shape)
             dw = _conv2d_backward(part, x_group, weight, part_grid, geometry, [False, True, False])[1]
-            parts.append(_norms(dw, grid.block, 1))
+            parts.append(_norms(dw, grid.block))
         groups.append(torch.cat(parts, 1))
     return without_stored(torch.cat(groups), index, grid)

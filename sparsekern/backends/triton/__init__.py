@@ -6,7 +6,6 @@ With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests. Triton itself is
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from sparsekern.backends import ConvGeometry, OpDesc, dense, forced, is_channels_last
 from sparsekern.backends.triton import chips, model, tiles
 from sparsekern.backends.triton.launch import common
-from sparsekern.backends.triton.problem import Problem, Tile, conv_problem, precision
+from sparsekern.backends.triton.problem import Problem, Tile, layer_problem
 from sparsekern.layout import BlockGrid, capacity_of
 
 WANTS_CHANNELS_LAST = True
@@ -46,12 +45,6 @@ def unsupported(desc: OpDesc) -> str | None:
     return None
 
 
-def problem_of(op: str, x: Tensor, grid: BlockGrid, capacity: int) -> Problem:
-    """``op`` on the rows x [M, features] of one layer."""
-    out_features, in_features = grid.weight_shape
-    return Problem(op, precision(x.dtype), grid.block, x.shape[0], out_features, in_features, capacity)
-
-
 def _tile(problem: Problem, x: Tensor, fallback: bool = True) -> Tile | None:
     """The tile that runs, or None where the dense op is faster and this backend is not forced."""
     return tiles.choose(problem, chips.current(x.device), fallback and forced() != "triton").tile
@@ -73,7 +66,7 @@ def _on_device(function: Callable[P, R]) -> Callable[P, R]:
 
 @_on_device
 def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid) -> Tensor:
-    tile = _tile(problem_of("linear_forward", x, grid, values.shape[0]), x)
+    tile = _tile(layer_problem("forward", x.dtype, grid, None, x.shape, values.shape[0]), x)
     if tile is None:
         return dense.linear_forward(x, values, index, bias, grid)
     from sparsekern.backends.triton.launch import linear
@@ -83,7 +76,7 @@ def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None
 
 @_on_device
 def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
-    tile = _tile(problem_of("linear_dgrad", dy, grid, values.shape[0]), dy)
+    tile = _tile(layer_problem("dgrad", dy.dtype, grid, None, dy.shape, values.shape[0]), dy)
     if tile is None:
         return dense.linear_dgrad(dy, values, index, grid)
     from sparsekern.backends.triton.launch import linear
@@ -95,7 +88,7 @@ def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> 
 def linear_wgrad(
     dy: Tensor, x: Tensor, index: Tensor, element_mask: Tensor | None, with_bias: bool, grid: BlockGrid
 ) -> tuple[Tensor, Tensor]:
-    problem = problem_of("linear_wgrad", dy, grid, capacity_of(grid, index))
+    problem = layer_problem("wgrad", dy.dtype, grid, None, dy.shape, capacity_of(grid, index))
     tile = _tile(problem, dy)
     if tile is None:
         return dense.linear_wgrad(dy, x, index, element_mask, with_bias, grid)
@@ -107,7 +100,8 @@ def linear_wgrad(
 
 @_on_device
 def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
-    tile = _tile(problem_of("block_scores", dy, grid, capacity_of(grid, index)), dy, fallback=False)
+    problem = layer_problem("block_scores", dy.dtype, grid, None, dy.shape, capacity_of(grid, index))
+    tile = _tile(problem, dy, fallback=False)
     assert tile is not None
     from sparsekern.backends.triton.launch import block_scores as norms
 
@@ -125,8 +119,7 @@ def _formatted(image: Tensor, channels_last: bool) -> Tensor:
 def conv2d_forward(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
 ) -> Tensor:
-    dtype, capacity = precision(x.dtype, "conv2d"), values.shape[0]
-    tile = _tile(conv_problem("conv2d_forward", dtype, grid, geometry, tuple(x.shape), capacity), x)
+    tile = _tile(layer_problem("forward", x.dtype, grid, geometry, x.shape, values.shape[0]), x)
     if tile is None:
         return dense.conv2d_forward(x, values, index, bias, grid, geometry)
     from sparsekern.backends.triton.launch import conv2d
@@ -144,8 +137,7 @@ def conv2d_dgrad(
     grid: BlockGrid,
     geometry: ConvGeometry,
 ) -> Tensor:
-    dtype, capacity = precision(dy.dtype, "conv2d"), values.shape[0]
-    tile = _tile(conv_problem("conv2d_dgrad", dtype, grid, geometry, input_shape, capacity), dy)
+    tile = _tile(layer_problem("dgrad", dy.dtype, grid, geometry, input_shape, values.shape[0]), dy)
     if tile is None:
         return dense.conv2d_dgrad(dy, values, index, input_shape, channels_last, grid, geometry)
     from sparsekern.backends.triton.launch import conv2d
@@ -163,8 +155,7 @@ def conv2d_wgrad(
     grid: BlockGrid,
     geometry: ConvGeometry,
 ) -> tuple[Tensor, Tensor]:
-    dtype, capacity = precision(dy.dtype, "conv2d"), capacity_of(grid, index)
-    problem = conv_problem("conv2d_wgrad", dtype, grid, geometry, tuple(x.shape), capacity)
+    problem = layer_problem("wgrad", dy.dtype, grid, geometry, x.shape, capacity_of(grid, index))
     tile = _tile(problem, dy)
     if tile is None:
         return dense.conv2d_wgrad(dy, x, index, element_mask, with_bias, grid, geometry)
@@ -176,8 +167,7 @@ def conv2d_wgrad(
 
 @_on_device
 def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
-    dtype, capacity = precision(dy.dtype, "conv2d"), capacity_of(grid, index)
-    tile = _tile(conv_problem("conv2d_block_scores", dtype, grid, geometry, tuple(x.shape), capacity), dy)
+    tile = _tile(layer_problem("block_scores", dy.dtype, grid, geometry, x.shape, capacity_of(grid, index)), dy)
     if tile is None:  # many pixels and few blocks: too few programs, and cuDNN's panels are small
         return dense.conv2d_block_scores(dy, x, index, grid, geometry)
     from sparsekern.backends.triton.launch import block_scores as norms
@@ -197,15 +187,9 @@ def explain(
     geometry: ConvGeometry | None,
 ) -> list[str]:
     """One line per pass of a layer at x [..., I] or [N, C, H, W]: the tile or dense, why, and the times compared."""
-    kind, chip, lines = "linear" if geometry is None else "conv2d", chips.current(device), []
+    chip, lines = chips.current(device), []
     for step in ("forward", "dgrad", "wgrad"):
-        if geometry is None:
-            out_features, in_features = grid.weight_shape
-            m, name = math.prod(x_shape[:-1]), precision(dtype)
-            problem = Problem(f"linear_{step}", name, grid.block, m, out_features, in_features, capacity)
-        else:
-            images = x_shape if len(x_shape) == 4 else (1, *x_shape)
-            problem = conv_problem(f"conv2d_{step}", precision(dtype, kind), grid, geometry, images, capacity)
+        problem = layer_problem(step, dtype, grid, geometry, x_shape, capacity)
         found = tiles.choose(problem, chip, fallback=forced() != "triton")
         if found.tile is None:
             runs = "dense on the materialised weight"

@@ -212,6 +212,31 @@ def precision(dtype: torch.dtype, kind: str = "linear") -> str:
     return "tf32" if (wish == "tf32" if wish is not None else old.allow_tf32) else "float32"
 
 
+def layer_problem(
+    step: str,
+    dtype: torch.dtype,
+    grid: BlockGrid,
+    geometry: ConvGeometry | None,
+    x_shape: Sequence[int],
+    capacity: int,
+) -> Problem:
+    """One pass of a layer: ``step`` is "forward", "dgrad", "wgrad" or "block_scores".
+
+    Args:
+        dtype: of the tensors; PyTorch's own switches decide about TF32.
+        grid: of the weight.
+        geometry: of a convolution, None for a linear layer.
+        x_shape: [..., I], of which the leading dimensions count, [N, C, H, W] or [C, H, W].
+        capacity: block slots.
+    """
+    if geometry is not None:
+        images = x_shape if len(x_shape) == 4 else (1, *x_shape)
+        return conv_problem(f"conv2d_{step}", precision(dtype, "conv2d"), grid, geometry, images, capacity)
+    op = step if step == "block_scores" else f"linear_{step}"
+    out_features, in_features = grid.weight_shape
+    return Problem(op, precision(dtype), grid.block, math.prod(x_shape[:-1]), out_features, in_features, capacity)
+
+
 def score_outputs(block: tuple[int, int]) -> int:
     """Output features of one "scores" program: a multiple of bo near :data:`SCORE_OUTPUTS`."""
     return max(SCORE_OUTPUTS // block[0], 1) * block[0]
