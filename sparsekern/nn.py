@@ -61,12 +61,15 @@ class SparseModule(nn.Module):
         index: int32 buffer, the packed layout; rewritten in place by topology updates.
         element_mask: uint8 buffer [capacity, ceil(bo*bi/8)] of elements that learn inside stored blocks, or None.
         masked: True computes densely on the materialised masked weight (for masks that don't pay).
+        probe: while set, every backward adds to its ``.grad`` what a topology update wants to know, see
+            :func:`sparsekern.sparse_linear`.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
     index: Tensor
     element_mask: Tensor | None
+    probe: Tensor | None = None
 
     def _build(
         self,
@@ -365,7 +368,9 @@ class SparseLinear(SparseModule):
         self._check_loaded()
         if self.masked:
             return F.linear(input, _masked_weight(self), self.bias)
-        return ops.sparse_linear(input, self.values, self.layout, self.bias, element_mask=self.element_mask)
+        return ops.sparse_linear(
+            input, self.values, self.layout, self.bias, element_mask=self.element_mask, probe=self.probe
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -377,7 +382,9 @@ class SparseLinear(SparseModule):
 def _masked_weight(module: SparseModule) -> Tensor:
     """The dense weight with gradients stopped at the elements that do not learn."""
     weight = module.layout.to_dense(module.values)
-    return weight if module.element_mask is None else weight * module.mask.to(weight.dtype)
+    if module.element_mask is not None:
+        weight = weight * module.mask.to(weight.dtype)
+    return weight if module.probe is None else ops.probed(weight, module.probe, module.layout)
 
 
 class SparseConv2d(SparseModule):
@@ -492,6 +499,7 @@ class SparseConv2d(SparseModule):
             self.dilation,
             self.groups,
             element_mask=self.element_mask,
+            probe=self.probe,
         )
 
     def extra_repr(self) -> str:

@@ -11,12 +11,12 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsekern.backends import ConvGeometry, choice, get, is_channels_last, select
+from sparsekern.backends import ConvGeometry, choice, dense, get, is_channels_last, select
 from sparsekern.flops import register_when_asked
 from sparsekern.layout import BlockGrid, BlockLayout
 
@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library("sparsekern", "DEF")
 _CONV = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
 _LIBRARY.define(
     "linear(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_features, "
-    "Tensor? element_mask=None) -> Tensor"
+    "Tensor? element_mask=None, Tensor? probe=None) -> Tensor"
 )
 _LIBRARY.define("linear_dgrad(Tensor dy, Tensor values, Tensor index, SymInt in_features) -> Tensor")
 _LIBRARY.define(
@@ -33,7 +33,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, SymInt out_channels, {_CONV}, "
-    "Tensor? element_mask=None) -> Tensor"
+    "Tensor? element_mask=None, Tensor? probe=None) -> Tensor"
 )
 _LIBRARY.define(
     "conv2d_dgrad(Tensor dy, Tensor values, Tensor index, SymInt[4] input_shape, bool channels_last, "
@@ -46,6 +46,8 @@ _LIBRARY.define(
 
 _LIBRARY.define("block_scores(Tensor dy, Tensor x, Tensor index, SymInt bo, SymInt bi) -> Tensor")
 _LIBRARY.define(f"conv2d_block_scores(Tensor dy, Tensor x, Tensor index, SymInt bo, SymInt bi, {_CONV}) -> Tensor")
+_LIBRARY.define("linear_dense_wgrad(Tensor dy, Tensor x) -> Tensor")
+_LIBRARY.define(f"conv2d_dense_wgrad(Tensor dy, Tensor x, {_CONV}) -> Tensor")
 
 Pair = Sequence[int]
 
@@ -70,7 +72,13 @@ def _block(values: Tensor) -> tuple[int, int]:
 
 
 def _linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, out_features: int, element_mask: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    element_mask: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     grid = _grid((out_features, x.shape[-1]), _block(values), 1)
     kernel = select("linear", x, grid.block)
@@ -114,6 +122,7 @@ def _conv2d(
     dilation: Pair,
     groups: int,
     element_mask: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     grid = _grid((out_channels, x.shape[1] // groups, *kernel_size), _block(values), groups)
     kernel = select("conv2d", x, grid.block)
@@ -184,6 +193,17 @@ def _conv2d_block_scores(
     return kernel.conv2d_block_scores(dy, x, index, grid, _geometry(tuple(stride), tuple(padding), tuple(dilation)))
 
 
+def _linear_dense_wgrad(dy: Tensor, x: Tensor) -> Tensor:
+    return dense.linear_weight_gradient(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+
+
+def _conv2d_dense_wgrad(
+    dy: Tensor, x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    grid = _grid((dy.shape[1], x.shape[1] // groups, *kernel_size), (1, 1), groups)
+    return dense.conv2d_weight_gradient(dy, x, grid, _geometry(tuple(stride), tuple(padding), tuple(dilation)))
+
+
 for _name, _function in {
     "block_scores": _block_scores,
     "conv2d_block_scores": _conv2d_block_scores,
@@ -193,6 +213,8 @@ for _name, _function in {
     "conv2d": _conv2d,
     "conv2d_dgrad": _conv2d_dgrad,
     "conv2d_wgrad": _conv2d_wgrad,
+    "linear_dense_wgrad": _linear_dense_wgrad,
+    "conv2d_dense_wgrad": _conv2d_dense_wgrad,
 }.items():
     for _device in ("CPU", "CUDA"):
         _LIBRARY.impl(_name, _function, _device)
@@ -202,7 +224,7 @@ for _name, _function in {
 
 
 @torch.library.register_fake("sparsekern::linear", lib=_LIBRARY)
-def _(x, values, index, bias, out_features, element_mask=None):  # type: ignore[no-untyped-def]
+def _(x, values, index, bias, out_features, element_mask=None, probe=None):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -223,7 +245,7 @@ def _fake_image(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
 
 @torch.library.register_fake("sparsekern::conv2d", lib=_LIBRARY)
 def _(  # type: ignore[no-untyped-def]
-    x, values, index, bias, out_channels, kernel_size, stride, padding, dilation, groups, element_mask=None
+    x, values, index, bias, out_channels, kernel_size, stride, padding, dilation, groups, element_mask=None, probe=None
 ):
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
     p, q = geometry.output_size(x.shape[2], x.shape[3], kernel_size)
@@ -255,6 +277,16 @@ def _(dy, x, index, bo, bi, kernel_size, stride, padding, dilation, groups):  # 
     return dy.new_empty(shape, dtype=torch.float32)
 
 
+@torch.library.register_fake("sparsekern::linear_dense_wgrad", lib=_LIBRARY)
+def _(dy, x):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[-1], x.shape[-1], dtype=dense.gradient_dtype(dy.dtype))
+
+
+@torch.library.register_fake("sparsekern::conv2d_dense_wgrad", lib=_LIBRARY)
+def _(dy, x, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[1], x.shape[1] // groups, *kernel_size, dtype=dense.gradient_dtype(dy.dtype))
+
+
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
@@ -265,62 +297,100 @@ def _no_double_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
-for _name in ("linear_dgrad", "linear_wgrad", "block_scores", "conv2d_dgrad", "conv2d_wgrad", "conv2d_block_scores"):
+for _name in (
+    "linear_dgrad", "linear_wgrad", "block_scores", "linear_dense_wgrad",
+    "conv2d_dgrad", "conv2d_wgrad", "conv2d_block_scores", "conv2d_dense_wgrad",
+):  # fmt: skip
     torch.library.register_autograd(f"sparsekern::{_name}", _no_double_backward, lib=_LIBRARY)
 
 
+class _Passes(NamedTuple):
+    """What a backward calls: the functions themselves, or the registered operators where something watches them."""
+
+    dgrad: Any
+    wgrad: Any
+    block_scores: Any
+    dense_wgrad: Any
+
+
+_LINEAR = _Passes(_linear_dgrad, _linear_wgrad, _block_scores, _linear_dense_wgrad)
+_CONV2D = _Passes(_conv2d_dgrad, _conv2d_wgrad, _conv2d_block_scores, _conv2d_dense_wgrad)
+
+
+@functools.lru_cache(maxsize=2)
+def _registered(op: str) -> _Passes:
+    ops = torch.ops.sparsekern
+    scores = ops.block_scores if op == "linear" else ops.conv2d_block_scores
+    return _Passes(*(getattr(ops, f"{op}_{name}") for name in ("dgrad", "wgrad")), scores,
+                   getattr(ops, f"{op}_dense_wgrad"))  # fmt: skip
+
+
+def _probe_gradient(probe: Tensor, dy: Tensor, x: Tensor, index: Tensor, values: Tensor, passes: _Passes,
+                    geometry: tuple[Any, ...]) -> Tensor:  # fmt: skip
+    """What a probe collects: norms of the gradient's blocks [blocks], or the dense gradient, the weight's shape."""
+    if probe.dim() == 1:
+        found = passes.block_scores(dy, x, index, *values.shape[1:], *geometry)
+    else:
+        found = passes.dense_wgrad(dy, x, *geometry)
+    return found.reshape(probe.shape).to(probe.dtype)
+
+
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, bias, _, element_mask = inputs
-    ctx.save_for_backward(x, values, index, element_mask)
+    x, values, index, bias, _, element_mask, probe = inputs
+    ctx.save_for_backward(x, values, index, element_mask, probe)
     ctx.with_bias = bias is not None
 
 
-def _linear_backward(ctx: Any, dy: Tensor, dgrad: Any, wgrad: Any) -> tuple[Any, ...]:
-    x, values, index, element_mask = ctx.saved_tensors
+def _linear_backward(ctx: Any, dy: Tensor, passes: _Passes) -> tuple[Any, ...]:
+    x, values, index, element_mask, probe = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx = dvalues = dbias = None
+    dx = dvalues = dbias = found = None
     if need[0]:
-        dx = dgrad(dy, values, index, x.shape[-1])
+        dx = passes.dgrad(dy, values, index, x.shape[-1])
     if need[1]:
         with_bias = ctx.with_bias and need[3]
-        dvalues, dbias = wgrad(dy, x, index, *values.shape, with_bias, element_mask)
+        dvalues, dbias = passes.wgrad(dy, x, index, *values.shape, with_bias, element_mask)
         dbias = dbias if with_bias else None
     elif ctx.with_bias and need[3]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, dvalues, None, dbias, None, None
+    if probe is not None:
+        found = _probe_gradient(probe, dy, x, index, values, passes, ())
+    return dx, dvalues, None, dbias, None, None, found
 
 
 def _setup_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, bias, _, kernel_size, stride, padding, dilation, groups, element_mask = inputs
-    ctx.save_for_backward(x, values, index, element_mask)
+    x, values, index, bias, _, kernel_size, stride, padding, dilation, groups, element_mask, probe = inputs
+    ctx.save_for_backward(x, values, index, element_mask, probe)
     ctx.with_bias = bias is not None
     ctx.geometry = (kernel_size, stride, padding, dilation, groups)
 
 
-def _conv2d_backward(ctx: Any, dy: Tensor, dgrad: Any, wgrad: Any) -> tuple[Any, ...]:
-    x, values, index, element_mask = ctx.saved_tensors
+def _conv2d_backward(ctx: Any, dy: Tensor, passes: _Passes) -> tuple[Any, ...]:
+    x, values, index, element_mask, probe = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx = dvalues = dbias = None
+    dx = dvalues = dbias = found = None
     if need[0]:
-        dx = dgrad(dy, values, index, x.shape, is_channels_last(x), *ctx.geometry)
+        dx = passes.dgrad(dy, values, index, x.shape, is_channels_last(x), *ctx.geometry)
     if need[1]:
         with_bias = ctx.with_bias and need[3]
-        dvalues, dbias = wgrad(dy, x, index, *values.shape, *ctx.geometry, with_bias, element_mask)
+        dvalues, dbias = passes.wgrad(dy, x, index, *values.shape, *ctx.geometry, with_bias, element_mask)
         dbias = dbias if with_bias else None
     elif ctx.with_bias and need[3]:
         dbias = dy.sum((0, 2, 3))
-    return dx, dvalues, None, dbias, *[None] * 7
+    if probe is not None:
+        found = _probe_gradient(probe, dy, x, index, values, passes, ctx.geometry)
+    return dx, dvalues, None, dbias, *[None] * 7, found
 
 
 torch.library.register_autograd(
     "sparsekern::linear",
-    lambda ctx, dy: _linear_backward(ctx, dy, torch.ops.sparsekern.linear_dgrad, torch.ops.sparsekern.linear_wgrad),
+    lambda ctx, dy: _linear_backward(ctx, dy, _registered("linear")),
     setup_context=_setup_linear,
     lib=_LIBRARY,
 )
 torch.library.register_autograd(
     "sparsekern::conv2d",
-    lambda ctx, dy: _conv2d_backward(ctx, dy, torch.ops.sparsekern.conv2d_dgrad, torch.ops.sparsekern.conv2d_wgrad),
+    lambda ctx, dy: _conv2d_backward(ctx, dy, _registered("conv2d")),
     setup_context=_setup_conv2d,
     lib=_LIBRARY,
 )
@@ -335,10 +405,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph=True: the registered operators refuse a second derivative
-            ops = torch.ops.sparsekern
-            return _linear_backward(ctx, dy, ops.linear_dgrad, ops.linear_wgrad)
-        return _linear_backward(ctx, dy, _linear_dgrad, _linear_wgrad)
+        # With create_graph=True: the registered operators refuse a second derivative.
+        return _linear_backward(ctx, dy, _registered("linear") if torch.is_grad_enabled() else _LINEAR)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -350,10 +418,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            ops = torch.ops.sparsekern
-            return _conv2d_backward(ctx, dy, ops.conv2d_dgrad, ops.conv2d_wgrad)
-        return _conv2d_backward(ctx, dy, _conv2d_dgrad, _conv2d_wgrad)
+        return _conv2d_backward(ctx, dy, _registered("conv2d") if torch.is_grad_enabled() else _CONV2D)
 
 
 register_when_asked()
@@ -386,7 +451,9 @@ def _autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype), off
 
 
-def _check(what: str, x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None) -> None:
+def _check(
+    what: str, x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None, probe: Tensor | None
+) -> None:
     grid = layout.grid
     if tuple(values.shape[1:]) != grid.block or values.shape[0] != layout.capacity:
         raise ValueError(
@@ -404,10 +471,21 @@ def _check(what: str, x: Tensor, values: Tensor, layout: BlockLayout, bias: Tens
         )
     if bias is not None and tuple(bias.shape) != (grid.weight_shape[0],):
         raise ValueError(f"{what}: expected bias [{grid.weight_shape[0]}], got {list(bias.shape)}")
+    if probe is not None and tuple(probe.shape) not in ((grid.blocks,), grid.weight_shape):
+        raise ValueError(
+            f"{what}: expected a probe [{grid.blocks}] for norms of blocks or {list(grid.weight_shape)} for the dense "
+            f"gradient, got {list(probe.shape)}"
+        )
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None = None, *, element_mask: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    layout: BlockLayout,
+    bias: Tensor | None = None,
+    *,
+    element_mask: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     """y = x w^T + bias for the block-sparse w [O, I] that ``values`` and ``layout`` hold.
 
@@ -417,6 +495,8 @@ def sparse_linear(
         layout: a layout of a linear grid [O, I].
         bias: [O] or None.
         element_mask: packed bits uint8 [capacity, ceil(bo*bi/8)] of the elements that learn, or None for all.
+        probe: leaf that collects in its ``.grad`` what a topology update wants to know of the backward: [blocks] the
+            norms of the weight gradient's blocks, -inf at stored ones; or the weight's shape, the dense gradient.
 
     Returns:
         y [..., O].
@@ -433,14 +513,39 @@ def sparse_linear(
             f"got {list(x.shape)}"
         )
     x, values, bias, off = _autocast(x, values, bias)
-    _check("sparse_linear", x, values, layout, bias)
+    _check("sparse_linear", x, values, layout, bias, probe)
     with off if off is not None else contextlib.nullcontext():
         if _traced(x, values):
-            return torch.ops.sparsekern.linear(x, values, layout.index, bias, grid.weight_shape[0], element_mask)
+            return torch.ops.sparsekern.linear(x, values, layout.index, bias, grid.weight_shape[0], element_mask, probe)
         # Flattened out here: a view made inside an autograd.Function could not be written in place (inplace ReLU).
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y = _Linear.apply(rows, values, layout.index, bias, grid.weight_shape[0], element_mask)
+        y = _Linear.apply(rows, values, layout.index, bias, grid.weight_shape[0], element_mask, probe)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], grid.weight_shape[0])
+
+
+class _Probed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, probe: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.grid = grid
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> Any:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return dw, dense.norms_of_blocks(dw, index, ctx.grid).flatten(), None, None
+
+
+def probed(weight: Tensor, probe: Tensor, layout: BlockLayout) -> Tensor:
+    """``weight`` itself; its gradient also reaches ``probe``, as :func:`sparse_linear` describes, for masked layers.
+
+    Args:
+        weight: the dense weight of ``layout``.
+        probe: [blocks] or the weight's shape.
+    """
+    if probe.dim() > 1:
+        return weight + probe.to(weight.dtype)  # a probe is zero
+    return _Probed.apply(weight, probe, layout.index, layout.grid)
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
@@ -501,6 +606,7 @@ def sparse_conv2d(
     groups: int = 1,
     *,
     element_mask: Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Tensor:
     """Cross-correlation of x with the block-sparse w [O, C/g, R, S] that ``values`` and ``layout`` hold.
 
@@ -511,6 +617,8 @@ def sparse_conv2d(
         bias: [O] or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`.
         element_mask: packed bits uint8 [capacity, ceil(bo*bi/8)] of the elements that learn, or None for all.
+        probe: leaf that collects in its ``.grad`` what a topology update wants to know of the backward: [blocks] the
+            norms of the weight gradient's blocks, -inf at stored ones; or the weight's shape, the dense gradient.
 
     Returns:
         y [N, O, P, Q] or [O, P, Q].
@@ -528,8 +636,9 @@ def sparse_conv2d(
         raise ValueError(f"sparse_conv2d: expected x [N, {channels}, H, W] or [{channels}, H, W], got {list(x.shape)}")
     if x.dim() == 3:
         y = sparse_conv2d(
-            x.unsqueeze(0), values, layout, bias, stride, padding, dilation, groups, element_mask=element_mask
-        )
+            x.unsqueeze(0), values, layout, bias, stride, padding, dilation, groups,
+            element_mask=element_mask, probe=probe,
+        )  # fmt: skip
         return y.squeeze(0)
     steps, spread = _pair(stride, "stride"), _pair(dilation, "dilation")
     pad = _padding4(padding, grid.kernel_size, steps, spread)
@@ -545,7 +654,7 @@ def sparse_conv2d(
             f"kernel {grid.kernel_size}, stride {steps}, padding {pad}, dilation {spread}"
         )
     x, values, bias, off = _autocast(x, values, bias)
-    _check("sparse_conv2d", x, values, layout, bias)
+    _check("sparse_conv2d", x, values, layout, bias, probe)
     if not x.is_contiguous(memory_format=torch.channels_last) and _wants_channels_last(
         x.device.type, x.dtype, grid.block
     ):
@@ -555,6 +664,7 @@ def sparse_conv2d(
     call = torch.ops.sparsekern.conv2d if _traced(x, values) else _Conv2d.apply
     args = (
         x, values, layout.index, bias, grid.weight_shape[0], grid.kernel_size, steps, pad, spread, groups, element_mask,
+        probe,
     )  # fmt: skip
     with off if off is not None else contextlib.nullcontext():
         return call(*args)

@@ -96,6 +96,25 @@ def conv2d_wgrad(
     return _stored(dw, index, element_mask, grid), dbias if with_bias else dy.new_empty(0)
 
 
+# -- the whole weight's gradient, for methods that ask for it ----------------------------------------------------------
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which :func:`linear_weight_gradient` and its twin give the gradient of operands of ``dtype``."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def linear_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dw [O, I] of every weight, stored or not, from dy [M, O] and x [M, I]."""
+    return _summable(dy).t() @ _summable(x)
+
+
+def conv2d_weight_gradient(dy: Tensor, x: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
+    """dw [O, C/g, R, S] of every weight, stored or not, from dy [N, O, P, Q] and x [N, C, H, W]."""
+    weight = _summable(dy.new_empty(1)).expand(grid.weight_shape)
+    return _conv2d_backward(_summable(dy), _summable(x), weight, grid, geometry, [False, True, False])[1]
+
+
 # -- block scores: a panel of the dense gradient at a time, never all of it --------------------------------------------
 
 _PANEL_ELEMENTS = 1 << 22  # elements of the dense gradient that exist at once (whole block rows, at least one)
@@ -117,6 +136,12 @@ def _norms(dw: Tensor, block: tuple[int, int]) -> Tensor:
     wide = dw.to(torch.float64 if dw.dtype == torch.float64 else torch.float32)
     panel = BlockGrid(tuple(dw.shape), block)
     return panel.to_blocks(wide).flatten(1).norm(dim=1).float().view(panel.shape)
+
+
+def norms_of_blocks(dw: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
+    """Block scores [G, Ob, T, Ib] of a dense weight gradient that is there anyway, as :func:`block_scores` gives."""
+    wide = dw.to(torch.float64 if dw.dtype == torch.float64 else torch.float32)
+    return without_stored(grid.to_blocks(wide).flatten(1).norm(dim=1).float().view(grid.shape), index, grid)
 
 
 def _summable(tensor: Tensor) -> Tensor:
