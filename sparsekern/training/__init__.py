@@ -12,16 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsekern.training.callbacks import Callback
     from sparsekern.training.comparison import CompareResult, compare
     from sparsekern.training.config import TrainConfig
     from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted, TrainingError
     from sparsekern.training.loop import TrainResult, read_result, train
     from sparsekern.training.network import load_model
     from sparsekern.training.schedules import schedule
+    from sparsekern.training.sparse_lr import sparse_lr_factor
     from sparsekern.training.timing import StepTime, time_steps
 
 # Resolved on first use: `import sparsekern` stays light, and the command line prints its help without data or models.
 _HOME = {
+    "Callback": "callbacks",
     "compare": "comparison",
     "CompareResult": "comparison",
     "TrainConfig": "config",
@@ -35,13 +38,14 @@ _HOME = {
     "train": "loop",
     "load_model": "network",
     "schedule": "schedules",
+    "sparse_lr_factor": "sparse_lr",
     "StepTime": "timing",
     "time_steps": "timing",
 }
 
 __all__ = [  # noqa: RUF022 - by topic
     "TrainConfig", "TrainResult", "train", "read_result", "load_model",
-    "CompareResult", "compare", "StepTime", "time_steps", "schedule",
+    "CompareResult", "compare", "StepTime", "time_steps", "schedule", "sparse_lr_factor", "Callback",
     "TrainingError", "ConfigError", "CheckpointError", "DivergedError", "Interrupted",
 ]  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -86,6 +85,9 @@ def compare(
     """
     if config.sparsity == 0 and not config.override:
         raise ConfigError("compare: expected a sparsity above 0, got 0; there is nothing to compare with")
+    if config.init is not None or config.channels is not None:
+        name = "init" if config.init is not None else "channels"
+        raise ConfigError(f"compare: trains fresh nets of the model's own shape, got {name}; drop it")
     reporter = reporter or Reporter()
     folder = Path(out)
     check_folder(folder, config, resume=resume, overwrite=overwrite)
@@ -96,8 +98,8 @@ def compare(
     task = load_task(config)
     width = _width(config, folder, task, resume)
     configs = {
-        "dense": dataclasses.replace(config, sparsity=0.0, override={}, tune=False),
-        "small": dataclasses.replace(config, sparsity=0.0, override={}, tune=False, width=width),
+        "dense": config.dense(),
+        "small": config.dense(width=width),
         "sparse": config,
     }
     results = {}
@@ -198,12 +200,21 @@ def table_rows(comparison: CompareResult) -> list[list[str]]:
         ["- forward and loss", *milliseconds("forward")],
         ["- backward", *milliseconds("backward")],
         ["- optimizer", *milliseconds("optimizer")],
+        *_topology_row(results),
         ["speedup of the step", *(f"{time.speedup:.2f}x" for time in times)],
         ["peak training memory [MB]", *(_megabytes(m.get("peak")) for m in memory)],
         ["- weights, grads, optimizer [MB]", *(_megabytes(_sum(parts)) for parts in state)],
         ["- saved for backward [MB]", *(_megabytes(m.get("saved")) for m in memory)],
         ["layers sparse/masked/dense", *("{sparse}/{masked}/{dense}".format(**r.layers) for r in results)],
     ]
+
+
+def _topology_row(results: list[TrainResult]) -> list[list[str]]:
+    """Means of the run itself, for nets whose blocks move."""
+    if not any(result.updates for result in results):
+        return []
+    spent = [r.step_seconds.get("topology") if r.updates else None for r in results]
+    return [["topology updates, per step [ms]", *("-" if s is None else f"{1e3 * s:.2f}" for s in spent)]]
 
 
 def heading(comparison: CompareResult) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sparsekern.training.errors import ConfigError
+from sparsekern.training.method_options import METHOD_FIELDS, METHODS, check_method
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,27 @@ def _field(default: Any, group: str, help: str, **rules: Any) -> Any:
 
 
 _MODEL, _OPTIM, _SPARSE, _RUN = "Model and data", "Optimization", "Sparsity", "Run"
+_DYNAMIC = "Dynamic sparsity"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Every value is checked on construction; :class:`ConfigError` names the field and the fix.
 
-    Units: ``warmup`` in epochs, ``milestones`` as fractions of the run, ``checkpoint_minutes`` in minutes, all other
-    counts in steps or epochs as named. ``sparsity=0`` trains the model as built, dense.
+    Units: ``warmup`` in epochs, ``milestones``, ``start_fraction`` and ``stop_fraction`` as fractions of the run,
+    ``checkpoint_minutes`` in minutes, all other counts in steps or epochs as named. ``sparsity=0`` trains the model as
+    built, dense. With ``init`` the sparse layers are those of the file and the sparsity options plan nothing, except
+    that ``method="gradual"`` prunes the dense net of the file.
     """
 
     model: str = _field("mlp", _MODEL, "Model name (sparsekern.models.names()).")
     width: float = _field(1.0, _MODEL, "Width multiplier of the model.", low=0.0)
+    channels: str | None = _field(
+        None, _MODEL, "channels.json of a slimmed net: the channels that the model keeps.", metavar="FILE"
+    )
+    init: str | None = _field(
+        None, _MODEL, "Start from the weights and layout of this run folder, model.pt or snapshot.", metavar="PATH"
+    )
     data: str = _field("digits", _MODEL, "Data set name (digits needs no files).")
     data_dir: str | None = _field(
         None, _MODEL, "Folder of the data files; default: $SPARSEKERN_DATA.", operational=True, metavar="DIR"
@@ -90,6 +100,9 @@ class TrainConfig:
     )  # fmt: skip
     gamma: float = _field(0.1, _OPTIM, "Factor at each milestone.", low=0.0, high=1.0)
     warmup: float = _field(0.0, _OPTIM, "Epochs of linear warm-up.", low=0.0)
+    sparse_lr: bool = _field(
+        False, _OPTIM, "Multiply the rate by exp(1.969 s^2 + 0.2905 s) at sparsity s of the sparse layers."
+    )
     label_smoothing: float = _field(0.0, _OPTIM, "Label smoothing of the training loss.", low=0.0, below=1.0)
     clip_norm: float = _field(0.0, _OPTIM, "Clip the gradient norm to this; 0 is off.", low=0.0)
 
@@ -115,6 +128,34 @@ class TrainConfig:
     rescale: bool = _field(False, _SPARSE, "Scale initial weights by 1/sqrt(density).")
     tune: bool = _field(False, _SPARSE, "Measure the break-even of this model on this machine first.")
 
+    method: str = _field("static", _DYNAMIC, "How stored blocks move during training.", choices=METHODS)
+    drop_fraction: float = _field(0.3, _DYNAMIC, "Fraction of blocks dropped at the first update.", low=0.0, high=1.0)
+    update_every: int = _field(100, _DYNAMIC, "Steps between updates.", low=1)
+    start_fraction: float = _field(
+        0.0, _DYNAMIC, "Where gradual pruning begins, as a fraction of the run.", low=0.0, below=1.0
+    )
+    stop_fraction: float = _field(0.75, _DYNAMIC, "Where updates end, as a fraction of the run.", low=0.0, high=1.0)
+    drop_schedule: str = _field(
+        "cosine", _DYNAMIC, "How drop_fraction falls.", choices=("cosine", "linear", "constant")
+    )
+    drop_by: str = _field(
+        "l1", _DYNAMIC, "What decides which blocks go: a norm, or signed as SET does it (block 1).",
+        choices=("l1", "l2", "linf", "gradient", "random", "signed"),
+    )  # fmt: skip
+    growth: str = _field("random", _DYNAMIC, "Which blocks set grows.", choices=("random", "unexplored"))
+    scope: str = _field("layer", _DYNAMIC, "Where blocks compete.", choices=("layer", "global"))
+    min_per_row: int = _field(0, _DYNAMIC, "Blocks that every block row keeps.", low=0)
+    min_per_col: int = _field(0, _DYNAMIC, "Blocks that every block column keeps.", low=0)
+    exact: bool = _field(False, _DYNAMIC, "Scores of the exact dense gradient at updates (rigl).")
+    capacity: float = _field(
+        1.0, _DYNAMIC, "Block slots over stored blocks: room for blocks that change layers.", low=1.0
+    )
+    initial_sparsity: float = _field(0.0, _DYNAMIC, "Sparsity that gradual pruning starts from.", low=0.0, below=1.0)
+    compact_at: tuple[float, ...] = _field(
+        (), _DYNAMIC, "Sparsities at which gradual pruning frees the memory of what it removed.",
+        low=0.0, high=1.0, metavar="0.5,0.8",
+    )  # fmt: skip
+
     seed: int = _field(0, _RUN, "Seed of weights, masks, data order and label noise.", low=0)
     device: str = _field("auto", _RUN, "auto, cpu or cuda[:N].")
     threads: int = _field(0, _RUN, "CPU threads; 0 keeps the default of torch.", low=0)
@@ -123,6 +164,9 @@ class TrainConfig:
     compile: bool = _field(False, _RUN, "torch.compile the model.")
     log_every: int = _field(50, _RUN, "Steps between lines of metrics.jsonl.", low=1)
     eval_every: int = _field(1, _RUN, "Epochs between tests; the last epoch is always tested.", low=1)
+    snapshots: tuple[int, ...] = _field(
+        (), _RUN, "Keep the weights after these steps in snapshots/; 0 is before the first.", low=0, metavar="STEP"
+    )
     checkpoint_every: int = _field(0, _RUN, "Steps between checkpoints; 0 is off.", low=0, operational=True)
     checkpoint_minutes: float = _field(10.0, _RUN, "Minutes between checkpoints; 0 is off.", low=0.0, operational=True)
 
@@ -135,12 +179,25 @@ class TrainConfig:
             raise ConfigError("nesterov: needs optimizer sgd with momentum above 0")
         if self.epochs == 0 and self.steps == 0:
             raise ConfigError("epochs: expected 1 or more epochs (or --steps), got 0")
+        object.__setattr__(self, "snapshots", tuple(sorted(set(self.snapshots))))
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_method(self.method, values, _DEFAULTS)
+        if self.sparse_lr and self.sparsity == 0 and not self.override and self.init is None:
+            raise ConfigError("sparse_lr: needs a sparsity above 0, got 0; drop sparse_lr")
+        if self.steps and any(step > self.steps for step in self.snapshots):
+            raise ConfigError(f"snapshots: expected steps up to {self.steps} (the run's), got {max(self.snapshots)}")
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise ConfigError(f"device: expected auto, cpu or cuda[:N], got {self.device!r}")
 
     @property
     def base_lr(self) -> float:
         return self.lr or {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
+
+    def dense(self, **changes: Any) -> TrainConfig:
+        """The same run without sparsity: its dense twin."""
+        reset = {name: _DEFAULTS[name] for name in METHOD_FIELDS}
+        off = {"sparsity": 0.0, "override": {}, "tune": False, "method": "static", "sparse_lr": False}
+        return dataclasses.replace(self, **{**reset, **off, **changes})
 
     @property
     def block_value(self) -> int | tuple[int, int] | str:
@@ -180,6 +237,9 @@ class TrainConfig:
         fields = [f for f in dataclasses.fields(self) if not f.metadata["option"].operational]
         values = {f.name: getattr(self, f.name) for f in fields}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
 def option_names() -> list[str]:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,26 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.training.callbacks import Callback
 from sparsekern.training.checkpoint import (
-    FORMAT,
     checkpoint_files,
     load_newest,
     rng_state,
     save_checkpoint,
     seed_all,
     set_rng_state,
-    write_atomic,
 )
 from sparsekern.training.config import TrainConfig, load_yaml, save_yaml
 from sparsekern.training.curves import plot_curves
+from sparsekern.training.dynamic import build_topology, exploration
 from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from sparsekern.training.metrics import MetricsLog
-from sparsekern.training.network import Network, build_network, resolve_device, restore_network
+from sparsekern.training.network import Network, build_network, measure, plan_of, resolve_device, restore_network
 from sparsekern.training.optim import make_optimizer
 from sparsekern.training.progress import Reporter
 from sparsekern.training.schedules import schedule, set_lr
+from sparsekern.training.sparse_lr import realised_sparsity, sparse_lr_factor
 from sparsekern.training.step import PHASES, Step
 from sparsekern.training.task import Task, evaluate, load_task
+from sparsekern.training.weights import CHANNELS, save_net, snapshot_path
 
 
 @dataclass
@@ -49,10 +51,15 @@ class TrainResult:
 
     Attributes:
         test_acc_at_best_val: test accuracy after the epoch of the best validation accuracy, None without validation.
-        step_seconds: data, forward, backward, optimizer and total of one step; on CUDA, where waiting for the device
-            between them would slow training down, total only.
+        step_seconds: data, forward, backward, optimizer, topology and total of one step; on CUDA, where waiting for the
+            device between them would slow training down, total only.
         layers: layers per state.
         macs: multiply-accumulates per sample.
+        exploration_rate: R_s, the fraction of the sparse layers' weights that were stored at some time; None without
+            sparse layers.
+        exploration: the same per layer.
+        reliably_explored: the fraction that was stored long enough to be trained; None where blocks do not move.
+        updates: of the topology.
         resumed_from: step of the checkpoint that this process started from, None for a fresh run.
         model: the trained model.
     """
@@ -73,6 +80,10 @@ class TrainResult:
     seconds: float
     step_seconds: dict[str, float]
     threads: int
+    exploration_rate: float | None = None
+    exploration: dict[str, float] = field(default_factory=dict)
+    reliably_explored: float | None = None
+    updates: int = 0
     resumed_from: int | None = None
     folder: Path | None = None
     model: nn.Module | None = field(default=None, repr=False)
@@ -92,12 +103,13 @@ def train(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     label: str = "",
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train the model of ``config`` and, with ``out``, leave a run folder behind.
 
     The folder holds ``config.yaml``, ``plan.json``, ``metrics.jsonl``, ``curves.png``, ``result.json``, ``model.pt``
-    and ``checkpoints/``. On the CPU with the same number of threads, a run that was killed and resumed ends with
-    exactly the weights of one that was not.
+    and ``checkpoints/``, and ``snapshots/`` where the configuration asks for them. On the CPU with the same number of
+    threads, a run that was killed and resumed ends with exactly the weights of one that was not.
 
     Args:
         out: run folder; None keeps everything in memory.
@@ -105,6 +117,7 @@ def train(
         overwrite: delete an earlier run in ``out``.
         reporter: progress output, silent by default.
         label: name of the run in progress lines.
+        callbacks: get every record as it is written, see :class:`sparsekern.training.Callback`.
 
     Raises:
         ConfigError: a value that does not fit, a folder in use, or a resume with another configuration.
@@ -119,10 +132,12 @@ def train(
         check_folder(folder, config, resume=resume, overwrite=overwrite)
     elif resume:
         raise ConfigError("resume: needs the run folder (--out)")
+    elif config.snapshots:
+        raise ConfigError("snapshots: need the run folder (--out)")
     if config.threads:
         torch.set_num_threads(config.threads)
     with reporter:
-        return _Run(config, folder, resume, reporter, label).run()
+        return _Run(config, folder, resume, reporter, label, callbacks).run()
 
 
 def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -142,15 +157,27 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
     """Create ``folder`` with its ``config.yaml``, without what an earlier run left."""
     if (folder / "config.yaml").exists():
         # Only what a run writes: the folder may hold anything else.
-        for name in ("checkpoints", "dense", "small", "sparse"):
+        for name in ("checkpoints", "snapshots", "dense", "small", "sparse"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "result.json", "model.pt", "plan.json", "curves.png", "compare.json", "table.md"):
+        for name in _WRITTEN:
             (folder / name).unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_yaml(config, folder / "config.yaml")
     except OSError as error:
         raise ConfigError(f"out: cannot write to {folder}: {error.strerror}") from None
+
+
+_WRITTEN = (
+    "metrics.jsonl",
+    "result.json",
+    "model.pt",
+    "plan.json",
+    "curves.png",
+    "compare.json",
+    "table.md",
+    CHANNELS,
+)
 
 
 def check_same(saved: TrainConfig, config: TrainConfig, folder: Path) -> None:
@@ -194,20 +221,33 @@ class _Sums:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, folder: Path | None, resume: bool, reporter: Reporter, label: str) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path | None,
+        resume: bool,
+        reporter: Reporter,
+        label: str,
+        callbacks: Sequence[Callback],
+    ) -> None:
         self.config, self.folder, self.resume, self.reporter, self.label = config, folder, resume, reporter, label
+        self.callbacks = callbacks
         self.device = resolve_device(config.device)
         self.task: Task = load_task(config)
         self.per_epoch = len(self.task.train)
         self.total = config.steps or config.epochs * self.per_epoch
+        if any(step > self.total for step in config.snapshots):
+            raise ConfigError(f"snapshots: expected steps up to {self.total} (the run's), got {max(config.snapshots)}")
         self.step_number = 0
+        self.updates = 0
         self.seconds_before = 0.0
         self.resumed_from: int | None = None
         self.last: dict[str, float | None] = {}
         saved = self._newest() if resume else None
         self.network, plan = self._build(saved)
         self.optimizer = make_optimizer(self.network.model, config)
-        self.step = Step(self.network.model, self.optimizer, config)
+        self.topology = build_topology(self.network.model, self.network.plan, self.optimizer, config, self.total)
+        self.step = Step(self.network.model, self.optimizer, config, topology=self.topology)
         self.factor = schedule(
             config.schedule,
             self.total,
@@ -227,6 +267,7 @@ class _Run:
             self._restore(saved)
         elif plan is not None:
             reporter.show(plan)
+        self.base_lr = self._scaled_lr()
         for note in self.network.notes:
             reporter.warn(note)
 
@@ -249,7 +290,10 @@ class _Run:
         example = self.task.example(self.device)
         if saved is not None:
             classes = self.task.num_classes
-            return restore_network(self.config, saved["model"], saved["plan"], example, classes), None
+            own = self.folder / CHANNELS if self.folder is not None else None
+            channels = own if own is not None and own.is_file() else None
+            network = restore_network(self.config, saved["model"], saved["plan"], example, classes, channels=channels)
+            return network, None
         scored = self.config.allocation in ("snip", "grasp")
         batches = self.task.scoring_batches(self.device) if scored else None
         network, plan = build_network(self.config, example, self.task.num_classes, batches=batches)
@@ -259,6 +303,8 @@ class _Run:
             # Not before data and model are known to work: a mistake leaves no folder behind.
             if not self.resume:
                 start_folder(self.folder, self.config)
+            if self.config.channels is not None:
+                shutil.copyfile(self.config.channels, self.folder / CHANNELS)
             if network.plan is not None:
                 write_json(self.folder / "plan.json", network.plan)
         return network, plan
@@ -267,14 +313,23 @@ class _Run:
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.task.train.load_state_dict(saved["data"])
+            if self.topology is not None:
+                self.topology.load_state_dict(saved["topology"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint of step {saved['step']} does not fit this run: {error}") from None
         self.step_number = self.resumed_from = saved["step"]
+        self.updates = saved.get("updates", 0)
         self.seconds_before = saved["seconds"]
         self.interval.load_state_dict(saved["interval"])
         self.epoch.load_state_dict(saved["epoch"])
         self.last = dict(saved["last"])
         set_rng_state(saved["rng"])
+
+    def _scaled_lr(self) -> float:
+        """The base rate; with ``sparse_lr``, scaled for the sparsity that the net has now."""
+        if not self.config.sparse_lr:
+            return self.config.base_lr
+        return self.config.base_lr * sparse_lr_factor(realised_sparsity(self.network.model))
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -286,11 +341,18 @@ class _Run:
         self.reporter.start(self.label or self.config.model, self.total, self.step_number)
         if self.resumed_from is not None:
             self.reporter.line(f"{self._prefix()}resumed at step {self.step_number} of {self.total}")
+        if self.config.sparse_lr:
+            self.reporter.line(
+                f"{self._prefix()}learning rate {self.config.base_lr:g} x {self.base_lr / self.config.base_lr:.3g} = "
+                f"{self.base_lr:.4g} at sparsity {realised_sparsity(self.network.model):.4g}"
+            )
         self.started = self.saved_at = time.monotonic()
         self.tick = (self.started, self.step_number)
         self.network.model.train()
         if self.folder is not None:
             self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.metrics_offset)
+            if self.step_number == 0:
+                self._snapshot()
         try:
             with _stop_signals() as stop:
                 for x, y in self._batches():
@@ -319,7 +381,7 @@ class _Run:
                 begin = time.perf_counter()
 
     def _train_step(self, x: Tensor, y: Tensor) -> None:
-        set_lr(self.optimizer, self.config.base_lr * self.factor(self.step_number))
+        set_lr(self.optimizer, self.base_lr * self.factor(self.step_number))
         out = self.step(x, y)
         self.step_number += 1
         for name, seconds in zip(PHASES, out.seconds, strict=True):
@@ -328,11 +390,28 @@ class _Run:
         self.run_steps += 1
         for sums in (self.interval, self.epoch):
             sums.add(out.loss, out.logits, y)
+        if out.update is not None:
+            self._log_update(out.update)
         epoch_ends = self.step_number % self.per_epoch == 0 or self.step_number == self.total
         if self.step_number % self.config.log_every == 0 or epoch_ends:
             self._log_interval()
         if epoch_ends:
             self._end_epoch()
+        self._snapshot()
+
+    def _snapshot(self) -> None:
+        if self.folder is not None and self.step_number in self.config.snapshots:
+            self._save_net(snapshot_path(self.folder, self.step_number), self.network.plan)
+
+    def _save_net(self, path: Path, plan: dict[str, Any] | None) -> None:
+        save_net(
+            path,
+            self.network.model,
+            self.config,
+            plan=plan,
+            in_shape=self.task.in_shape,
+            num_classes=self.task.num_classes,
+        )
 
     def _spend(self, phase: str, seconds: float) -> None:
         self.phases[phase] += seconds
@@ -344,7 +423,7 @@ class _Run:
         loss, accuracy = self.interval.means()
         if not math.isfinite(loss):
             raise DivergedError(
-                f"loss became {loss} by step {self.step_number}: lower the learning rate (now {self.config.base_lr:g}) "
+                f"loss became {loss} by step {self.step_number}: lower the learning rate (now {self.base_lr:g}) "
                 "or add warm-up"
             )
         now = time.monotonic()
@@ -352,13 +431,17 @@ class _Run:
         rate = (self.step_number - step_then) / max(now - then, 1e-9)
         self.run_wall += now - then
         self.tick = (now, self.step_number)
-        self._write(
+        explored = {} if self.topology is None else {"exploration_rate": self.topology.exploration_rate()}
+        record = self._write(
             "interval",
             loss=loss,
             train_acc=accuracy,
             lr=self.optimizer.param_groups[0]["lr"],
+            **explored,
             step_ms=self._split(self.phases, max(1, self.phase_steps), 1e3 / max(rate, 1e-9), scale=1e3),
         )
+        for callback in self.callbacks:
+            callback.on_step(record)
         self.reporter.step(self.step_number, loss, accuracy, rate)
         self.interval = _Sums.zero(self.device)
         self.phases = dict.fromkeys(self.phases, 0.0)
@@ -375,17 +458,23 @@ class _Run:
         loss, accuracy = self.epoch.means()
         self.epoch = _Sums.zero(self.device)
         self.last.update(train_loss=loss, train_acc=accuracy)
-        now: dict[str, float | None] = {"train_loss": loss, "train_acc": accuracy}
+        now: dict[str, Any] = {"train_loss": loss, "train_acc": accuracy}
         epoch = self.step_number // self.per_epoch
         if self.step_number == self.total or epoch % self.config.eval_every == 0:
             now.update(self._test())
         seconds = self._seconds()
-        self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **now)
+        if self.topology is not None:
+            now.update(exploration(self.topology, self.network.model))
+        record = self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **now)
+        for callback in self.callbacks:
+            callback.on_epoch(record)
         accuracies = "  ".join(
             f"{split} {100 * value:.2f} %"
             for split in ("train", "val", "test")
             if (value := now.get(f"{split}_acc")) is not None
         )
+        if self.topology is not None:
+            accuracies += f"  R_s {now['exploration_rate']:.3f}"
         self.reporter.line(
             f"{self._prefix()}epoch {self.step_number / self.per_epoch:.4g}/{self.total / self.per_epoch:.4g}  "
             f"loss {loss:.4f}  {accuracies}  {seconds:.1f} s"
@@ -402,10 +491,25 @@ class _Run:
                 self.last.update(best_val_acc=val_acc, test_acc_at_best_val=test_acc)
         return self.last
 
-    def _write(self, kind: str, **values: Any) -> None:
+    def _log_update(self, update: Any) -> None:
+        self.updates += 1
+        self.base_lr = self._scaled_lr()
+        record = self._write(
+            "update",
+            number=update.number,
+            drop_fraction=update.drop_fraction,
+            dropped=sum(update.dropped.values()),
+            grown=sum(update.grown.values()),
+        )
+        for callback in self.callbacks:
+            callback.on_update(record)
+
+    def _write(self, kind: str, **values: Any) -> dict[str, Any]:
+        """The record, which is also a line of metrics.jsonl if there is a folder."""
+        place = {"step": self.step_number, "epoch": round(self.step_number / self.per_epoch, 6)}
         if self.metrics is not None:
-            epoch = self.step_number / self.per_epoch
-            self.metrics.write(kind, step=self.step_number, epoch=round(epoch, 6), **values)
+            self.metrics.write(kind, **place, **values)
+        return {"kind": kind, **place, **values}
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
@@ -430,6 +534,8 @@ class _Run:
             "model": self.network.model.state_dict(),
             "plan": self.network.plan,
             "optimizer": self.optimizer.state_dict(),
+            "topology": None if self.topology is None else self.topology.state_dict(),
+            "updates": self.updates,
             "data": self.task.train.state_dict(),
             "rng": rng_state(),
             "metrics_offset": self.metrics.sync(),
@@ -449,19 +555,27 @@ class _Run:
         raise Interrupted(f"{self._prefix()}stopped at step {self.step_number} of {self.total}", self.folder, number)
 
     def _finish(self) -> TrainResult:
+        if self.topology is not None:
+            # Blocks have moved: what the plan says of densities, parameters and MACs is of the first step.
+            example = self.task.example(self.device)
+            plan = plan_of(self.network.model, example, self.network.plan)
+            self.network = measure(self.network.model, plan, example)
         size = self.network.size()
         steps = max(1, self.run_steps - (self.total > 1))
+        ended: dict[str, Any] = {name: self.last.get(name) for name in _LAST}
+        ended.update(exploration(self.topology, self.network.model))
         result = TrainResult(
             config=self.config,
             steps=self.step_number,
             epochs=self.step_number / self.per_epoch,
-            **{name: self.last.get(name) for name in _LAST},
+            **ended,
             params=size["params"],
             macs=size["macs"],
             layers=size["layers"],
             seconds=self._seconds(),
             step_seconds=self._split(self.run_phases, steps, self.run_wall / max(1, self.run_steps)),
             threads=torch.get_num_threads(),
+            updates=self.updates,
             resumed_from=self.resumed_from,
             folder=self.folder,
             model=self.network.model.eval(),
@@ -472,16 +586,7 @@ class _Run:
 
     def _write_result(self, result: TrainResult) -> None:
         assert self.folder is not None
-        model = {
-            "format": FORMAT,
-            "config": self.config.to_dict(),
-            "model": self.network.model.state_dict(),
-            "sparse": self.network.plan is not None,
-            "plan": self.network.plan,
-            "in_shape": list(self.task.in_shape),
-            "num_classes": self.task.num_classes,
-        }
-        write_atomic(self.folder / "model.pt", model)
+        self._save_net(self.folder / "model.pt", self.network.plan)
         plot_curves({self.label or self.config.model: self.folder}, self.folder / "curves.png")
         # Last: its presence says that the run is complete.
         write_json(self.folder / "result.json", result.to_dict())

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.training.checkpoint import load_checkpoint
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.network import build_dense, load_state, resolve_device
 from sparsekern.training.optim import make_optimizer
 from sparsekern.training.step import Step
+from sparsekern.training.weights import load_net
 
 
 def measure_memory(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,7 +51,9 @@ def training_memory(folder: str | os.PathLike[str], steps: int = 3) -> dict[str,
         ``weights``, ``gradients``, ``optimizer``, ``saved``: counted bytes of parameters and buffers, their gradients,
         optimizer state, and tensors kept for the backward pass.
     """
-    config, shape, classes = _describe(Path(folder))
+    net = load_net(folder)
+    config, shape, classes, channels = net.config, net.in_shape, net.num_classes, net.channels
+    del net
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -59,9 +61,10 @@ def training_memory(folder: str | os.PathLike[str], steps: int = 3) -> dict[str,
     y = torch.randint(classes, (config.batch_size,))
     _warm_up(config, device)
     before = _resident(device)
-    state = load_checkpoint(Path(folder) / "model.pt")
-    model = build_dense(config, shape, classes, device)
-    load_state(model, state.pop("model"), sparse=state["sparse"])
+    model = build_dense(config, shape, classes, device, channels=channels)
+    net = load_net(folder)
+    load_state(model, net.state, sparse=net.sparse)
+    del net
     optimizer = make_optimizer(model, config)
     step = Step(model.train(), optimizer, config)
     x, y = step.to_device(x, y)
@@ -98,12 +101,6 @@ def _saved_and_gradients(step: Step, x: Tensor, y: Tensor) -> tuple[int, int]:
         loss = torch.nn.functional.cross_entropy(step.logits(x), y)
     loss.backward()
     return sum(kept.values()), sum(_bytes(p.grad) for p in step.model.parameters() if p.grad is not None)
-
-
-def _describe(folder: Path) -> tuple[TrainConfig, tuple[int, int, int], int]:
-    state = load_checkpoint(folder / "model.pt")
-    c, h, w = state["in_shape"]
-    return TrainConfig.from_dict(state["config"], source="model.pt"), (c, h, w), state["num_classes"]
 
 
 def _warm_up(config: TrainConfig, device: torch.device) -> None:

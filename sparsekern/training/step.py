@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,44 @@ from torch.optim import Optimizer
 
 from sparsekern.training.config import TrainConfig
 
-PHASES = ("forward", "backward", "optimizer")
+if TYPE_CHECKING:
+    from sparsekern.topology import TopologyScheduler
+
+PHASES = ("forward", "backward", "optimizer", "topology")
 
 
 class StepOutput(NamedTuple):
-    """``loss`` [] and ``logits`` [B, classes], detached; ``seconds`` of forward, backward and optimizer."""
+    """``loss`` [] and ``logits`` [B, classes], detached; ``seconds`` of each of :data:`PHASES`; ``update`` of the
+    topology, None if there was none in this step."""
 
     loss: Tensor
     logits: Tensor
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, float, float, float]
+    update: Any = None
 
 
 class Step:
-    """Forward with loss, backward, optimizer step with zeroing of gradients.
+    """Forward with loss, backward, optimizer step with zeroing of gradients, and the topology's step between them.
 
     Args:
         model: the model, not compiled.
+        topology: moves stored blocks.
         synchronize: on CUDA, wait for the device between the phases so that their times are true.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, config: TrainConfig, *, synchronize: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        *,
+        topology: TopologyScheduler | None = None,
+        synchronize: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.config = config
+        self.topology = topology
         self.device = next(model.parameters()).device
         self._parameters = list(model.parameters())
         self._forward = torch.compile(model) if config.compile else model
@@ -58,9 +71,24 @@ class Step:
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
         self.optimizer.step()
+        stepped = self._now()
+        update = self._move_blocks() if self.topology is not None else None
+        moved = self._now() if self.topology is not None else stepped
         self.optimizer.zero_grad(set_to_none=True)
-        done = self._now()
-        return StepOutput(loss.detach(), logits.detach(), (forward - start, backward - forward, done - backward))
+        optimizer = stepped - backward + self._now() - moved
+        seconds = (forward - start, backward - forward, optimizer, moved - stepped)
+        return StepOutput(loss.detach(), logits.detach(), seconds, update)
+
+    def _move_blocks(self) -> Any:
+        assert self.topology is not None
+        before = self.topology.last_update
+        self.topology.step()
+        update = self.topology.last_update
+        if update is None or update is before:
+            return None
+        # Gradual pruning replaces a Parameter by a smaller one when it frees memory.
+        self._parameters = list(self.model.parameters())
+        return update
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

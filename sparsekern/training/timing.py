@@ -28,6 +28,7 @@ class StepTime:
 
     Attributes:
         total, forward, backward, optimizer: of one step; forward includes the loss, optimizer the zeroing.
+        topology: always 0: the nets are timed between updates, whose cost is in the result of their run.
         low, high: quartiles of total over rounds.
         speedup: median over rounds of (time of the first net / time of this one).
         rounds, steps: rounds, and timed steps in each.
@@ -42,6 +43,7 @@ class StepTime:
     speedup: float
     rounds: int
     steps: int
+    topology: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
