@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsekern.masks import layer_generator
+
 from .targets import SCORE_SCHEMES, check_sparsity
 
 LossFn = Callable[[Any, Any], Tensor]
+
+CRITERIA = ("random", "gradient", *SCORE_SCHEMES)
+"""What :func:`compute_scores` knows: the allocation schemes, and two criteria that serve pruning alone."""
 
 
 def compute_scores(
@@ -36,7 +41,10 @@ def compute_scores(
     All work is done on a deep copy and inside a forked random state: parameters, buffers, gradients, training flags
     and random streams of ``model`` stay as they are.
 
+    * ``random``: uniform numbers within [0, 1), a stream of its own for every layer.
     * ``magnitude``: ``|w|``.
+    * ``gradient``: ``|w * dL/dw|`` as for snip, but in eval mode: for trained models, whose running statistics mean
+      something and which are pruned as they will be used.
     * ``lamp`` (Lee et al. 2021): ``w_i^2`` over the sum of all squares of the layer that are not smaller.
     * ``snip`` (Lee et al. 2019): ``|w * dL/dw|``, gradients summed over the batches; train mode.
     * ``grasp`` (Wang et al. 2020): ``w * Hg`` with logits divided by ``temperature``; g is the gradient summed over the
@@ -49,28 +57,30 @@ def compute_scores(
     Args:
         model: the dense model.
         names: modules whose ``weight`` is scored.
-        scheme: one of :data:`SCORE_SCHEMES`.
-        batches: for snip and grasp, iterable of ``(x, y)``; every one of them is used, so pass a few and not a whole
-            loader. x is a tensor, a tuple of positional or a dict of keyword arguments.
-        loss_fn: ``loss_fn(output, y)`` to a scalar for snip and grasp. Default: cross-entropy on logits (right for
+        scheme: one of :data:`CRITERIA`.
+        batches: for snip, gradient and grasp, iterable of ``(x, y)``; every one of them is used, so pass a few and not
+            a whole loader. x is a tensor, a tuple of positional or a dict of keyword arguments.
+        loss_fn: ``loss_fn(output, y)`` to a scalar for the same. Default: cross-entropy on logits (right for
             log-probabilities as well), for integer class targets only.
         example_input: for synflow, an input that gives shapes; by default that of the first batch.
         sparsity: for synflow, the sparsity at which its rounds end, within [0, 1).
         rounds: synflow rounds.
         temperature: divisor of the logits for grasp.
         reinit: draw the scored weights anew from ``xavier_normal_`` first, as the published snip and grasp ratios do.
-        seed: seeds ``reinit``, the batches' own shuffling and dropout.
+        seed: seeds ``random``, ``reinit``, the batches' own shuffling and dropout.
 
     Returns:
-        ``{name: score}`` with the shape and device of each weight, at least float32; float64 for synflow.
+        ``{name: score}`` with the shape and device of each weight, at least float32; float64 for synflow and random.
 
     Raises:
         ValueError: unknown scheme or layer, or an argument that the scheme needs is missing (named).
     """
-    if scheme not in SCORE_SCHEMES:
-        raise ValueError(f"scheme: expected one of {', '.join(SCORE_SCHEMES)}, got {scheme!r}")
-    _weights(model, names)
-    if scheme in ("snip", "grasp") and batches is None:
+    if scheme not in CRITERIA:
+        raise ValueError(f"scheme: expected one of {', '.join(CRITERIA)}, got {scheme!r}")
+    dense = _weights(model, names)
+    if scheme == "random":
+        return {name: uniform_scores(seed, name, w.shape).to(w.device) for name, w in dense.items()}
+    if scheme in ("snip", "gradient", "grasp") and batches is None:
         raise ValueError(f"batches: {scheme} needs data, got None; pass a few (x, y) pairs")
     if scheme == "synflow":
         if example_input is None and batches is None:
@@ -88,7 +98,7 @@ def compute_scores(
         if scheme == "magnitude":
             return {name: w.detach().abs().to(_at_least_float32(w)) for name, w in weights.items()}
         if scheme == "lamp":
-            return {name: _lamp(w.detach()) for name, w in weights.items()}
+            return {name: lamp(w.detach().double().square()).to(_at_least_float32(w)) for name, w in weights.items()}
         device = next(iter(weights.values())).device
         if scheme == "synflow":
             if example_input is None:
@@ -96,8 +106,8 @@ def compute_scores(
             assert sparsity is not None
             return _synflow(twin, weights, _to(example_input, device), 1.0 - sparsity, rounds)
         data = [(_to(x, device), _to(y, device)) for x, y in _pairs(batches)]
-        twin.train()
-        if scheme == "snip":
+        twin.train(scheme != "gradient")
+        if scheme in ("snip", "gradient"):
             return _snip(twin, weights, data, loss_fn or _cross_entropy, seed)
         return _grasp(twin, weights, data, loss_fn or _cross_entropy, temperature, seed)
 
@@ -177,13 +187,26 @@ def _cross_entropy(output: Any, y: Any) -> Tensor:
     return F.cross_entropy(output, y)
 
 
-def _lamp(w: Tensor) -> Tensor:
-    square = w.double().square().flatten()
-    ascending, order = square.sort(stable=True)
+def uniform_scores(seed: int, name: str, shape: Sequence[int]) -> Tensor:
+    """float64 [*shape] on the CPU, uniform within [0, 1): the same in every process for the same seed and name.
+
+    Not the stream that draws the layer's random mask: pruning a random mask at random must not follow its order.
+    """
+    # float32 has 2^24 values, fewer than large layers have weights.
+    return torch.rand(tuple(shape), dtype=torch.float64, generator=layer_generator(seed, f"score:{name}"))
+
+
+def lamp(square: Tensor) -> Tensor:
+    """Each of ``square`` (float64, any shape, not negative) over the sum of all that are not smaller; 0 where it is 0.
+
+    Of equal ones, which to count as smaller is open: the first of them takes the whole group, and so on down to one.
+    """
+    flat = square.flatten()
+    ascending, order = flat.sort(stable=True)
     not_smaller = ascending.flip(0).cumsum(0).flip(0)
-    score = torch.zeros_like(square)
+    score = torch.zeros_like(flat)
     score[order] = torch.where(ascending > 0, ascending / not_smaller, 0.0)
-    return score.view(w.shape).to(_at_least_float32(w))
+    return score.view(square.shape)
 
 
 def _at_least_float32(w: Tensor) -> torch.dtype:
