@@ -14,16 +14,21 @@ from sparsekern.ops import sparse_conv2d, sparse_linear
 from sparsekern.plan import LayerPlan, Plan
 from sparsekern.sparsify import densify_, explain, masks, plan, sparsify_
 from sparsekern.state import dense_state_dict, load_dense_state_dict, restore_
+from sparsekern.topology import SET, RigL, Static, TopologyScheduler
 from sparsekern.tuning import tune
 
 __all__ = [
+    "SET",
     "BlockGrid",
     "BlockLayout",
     "LayerPlan",
     "Plan",
+    "RigL",
     "SparseConv2d",
     "SparseLinear",
     "SparsityConfig",
+    "Static",
+    "TopologyScheduler",
     "__version__",
     "allocate",
     "backends",

@@ -321,8 +321,7 @@ _CONV2D = _Passes(_conv2d_dgrad, _conv2d_wgrad, _conv2d_block_scores, _conv2d_de
 def _registered(op: str) -> _Passes:
     ops = torch.ops.sparsekern
     scores = ops.block_scores if op == "linear" else ops.conv2d_block_scores
-    return _Passes(*(getattr(ops, f"{op}_{name}") for name in ("dgrad", "wgrad")), scores,
-                   getattr(ops, f"{op}_dense_wgrad"))  # fmt: skip
+    return _Passes(getattr(ops, f"{op}_dgrad"), getattr(ops, f"{op}_wgrad"), scores, getattr(ops, f"{op}_dense_wgrad"))
 
 
 def _probe_gradient(probe: Tensor, dy: Tensor, x: Tensor, index: Tensor, values: Tensor, passes: _Passes,

@@ -1,0 +1,254 @@
+"""What a topology method is: options, when it updates, and which blocks it moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.layer import DROP_BY, Layer
+from sparsekern.topology.select import highest, lowest, positions, random_positions, rank_within
+from sparsekern.topology.streams import Stream
+
+DROP_SCHEDULES = ("cosine", "linear", "constant")
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method may look at in one update.
+
+    Attributes:
+        number: of this update, from 0.
+        step: optimizer steps done.
+        fraction: share of the stored blocks to drop now.
+        progress: ``step / total_steps``.
+        layers: the sparse layers by name.
+        found: what the probes collected, by layer: [blocks] norms of gradient blocks, -inf at stored ones, summed over
+            micro-batches and ranks.
+        memory: what the method keeps between updates, part of the scheduler's state: tensors and plain values.
+        over_ranks: a tensor to its sum over the ranks.
+    """
+
+    number: int
+    step: int
+    fraction: float
+    progress: float
+    seed: int
+    layers: Mapping[str, Layer]
+    found: Mapping[str, Tensor]
+    memory: dict[str, Any]
+    over_ranks: Callable[[Tensor], Tensor]
+
+    def stream(self, layer: str, purpose: str) -> Stream:
+        """Random numbers for one purpose in this update of one layer."""
+        return Stream(self.seed, layer, self.number, purpose)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one layer.
+
+    Attributes:
+        drop: bool [capacity], the slots to empty; ``dropped`` are set.
+        grow: int64 [grown], places in the grid of new blocks, not stored before; they start at zero.
+    """
+
+    drop: Tensor
+    grow: Tensor
+    dropped: int
+    grown: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """Options that the methods share.
+
+    Attributes:
+        drop_fraction: share of a layer's blocks that the first update replaces, within [0, 1].
+        update_every: optimizer steps between updates.
+        stop_fraction: no update at or after this share of the run, within (0, 1].
+        drop_schedule: how the share falls to the stop: "cosine" a/2 (1 + cos(pi t / T)) (RigL, Evci et al. 2020),
+            "linear" a (1 - t / T), "constant".
+        drop_by: which blocks go: the smallest "l1", "l2" or "linf" norm, the smallest |w * gradient| ("gradient"),
+            any ("random"), or, at block 1 only, "signed": the smallest positive and the largest negative (SET, Mocanu
+            et al. 2018).
+        scope: "layer" replaces the same share of every layer; "global" compares blocks of all layers, and each layer
+            grows as many as it lost.
+        min_per_row, min_per_col: blocks that each block row and column keeps or gets, as far as the counts allow.
+
+    Raises:
+        ValueError: an option out of range, with what was expected.
+    """
+
+    drop_fraction: float = 0.3
+    update_every: int = 100
+    stop_fraction: float = 0.75
+    drop_schedule: str = "cosine"
+    drop_by: str = "l1"
+    scope: str = "layer"
+    min_per_row: int = 0
+    min_per_col: int = 0
+
+    # What the probes of an update step collect: "norms" of gradient blocks, the "dense" gradient, or None.
+    probe: ClassVar[str | None] = None
+    # Whether they collect at every step.
+    probe_always: ClassVar[bool] = False
+    # Whether blocks move between layers, within their capacities.
+    redistributes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        if not 0.0 <= self.drop_fraction <= 1.0:
+            raise ValueError(f"{who}: drop_fraction: expected a share within [0, 1], got {self.drop_fraction!r}")
+        if not 0.0 < self.stop_fraction <= 1.0:
+            raise ValueError(f"{who}: stop_fraction: expected a share within (0, 1], got {self.stop_fraction!r}")
+        for name in ("update_every", "min_per_row", "min_per_col"):
+            value, low = getattr(self, name), int(name == "update_every")
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{who}: {name}: expected a whole number of {low} or more, got {value!r}")
+        for name, allowed in (("drop_schedule", DROP_SCHEDULES), ("drop_by", DROP_BY), ("scope", SCOPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{who}: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    # -- when ------------------------------------------------------------------------------------------------------
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether an update follows optimizer step ``step`` (from 1)."""
+        return step % self.update_every == 0 and step < self.stop_fraction * total_steps
+
+    def fraction(self, step: int, total_steps: int) -> float:
+        """Share of the stored blocks that an update after ``step`` drops."""
+        t = min(1.0, step / (self.stop_fraction * total_steps))
+        if self.drop_schedule == "cosine":
+            return self.drop_fraction / 2 * (1 + math.cos(math.pi * t))
+        return self.drop_fraction * (1 - t if self.drop_schedule == "linear" else 1.0)
+
+    # -- what ------------------------------------------------------------------------------------------------------
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Raise ``ValueError`` where the method does not fit the layers."""
+        if self.drop_by == "signed" and any(layer.grid.block != (1, 1) for layer in layers.values()):
+            raise ValueError("drop_by='signed': expected blocks of 1x1 (a block has no sign), use 'l1'")
+
+    def observe(self, layer: Layer, found: Tensor, memory: dict[str, Any]) -> None:
+        """See what a probe collected in one step, for methods with ``probe_always``."""
+
+    def changes(self, update: Update) -> dict[str, Change]:
+        """The blocks to drop and to grow, by layer; layers left out stay as they are."""
+        raise NotImplementedError
+
+    @property
+    def replaces_parameters(self) -> bool:
+        """Whether :meth:`compacts` can be true."""
+        return False
+
+    def compacts(self, before: int, update: Update) -> bool:
+        """Whether spare slots are given back now that ``before`` stored blocks have become those of ``update.layers``.
+
+        Parameters are then replaced by smaller ones, in the optimizer too.
+        """
+        return False
+
+
+def drop_count(fraction: float, nnz: int) -> int:
+    """``ceil(fraction * nnz)``, as in-time over-parameterization counts; rounding noise does not add a block."""
+    return min(nnz, math.ceil(fraction * nnz - 1e-9))
+
+
+@dataclass(frozen=True)
+class DropAndGrow(Method):
+    """Drop the least important blocks of a layer, grow as many elsewhere; what was just dropped does not return."""
+
+    def changes(self, update: Update) -> dict[str, Change]:
+        drops = self._global_drops(update) if self.scope == "global" else self._layer_drops(update)
+        return {
+            name: Change(drop, self.grow(update, update.layers[name], drop, count), count, count)
+            for name, (drop, count) in drops.items()
+            if count
+        }
+
+    def grow(self, update: Update, layer: Layer, drop: Tensor, count: int) -> Tensor:
+        """Places int64 [count] of new blocks: random ones."""
+        stream = update.stream(layer.name, "grow")
+        if not (self.min_per_row or self.min_per_col):
+            return random_positions(~layer.stored(), layer.free, count, stream)
+        return self.best_places(update, layer, drop, count, stream.uniform(layer.grid.blocks, layer.device))
+
+    def best_places(self, update: Update, layer: Layer, drop: Tensor, count: int, scores: Tensor) -> Tensor:
+        """Places int64 [count] of the highest ``scores`` [blocks] where nothing is stored, minima first."""
+        scores = scores.masked_fill(layer.stored(), torch.nan)
+        if self.min_per_row or self.min_per_col:
+            scores = self._minima_first(layer, drop, scores)
+        return positions(highest(scores, count, update.stream(layer.name, "ties")), count)
+
+    # -- what goes -------------------------------------------------------------------------------------------------
+
+    def drop_scores(self, update: Update, layer: Layer) -> Tensor:
+        """[capacity]; NaN at spare slots, +inf at blocks that the minima per row and column protect."""
+        scores = layer.magnitude(self.drop_by, update.stream(layer.name, "drop"))
+        for key, keys, least in (
+            (layer.row_of_slot(), layer.grid.rows, self.min_per_row),
+            (layer.column_of_slot(), layer.grid.t_rows, self.min_per_col),
+        ):
+            if least:
+                # Spare slots claim to be in row 0, but rank behind every stored block.
+                protected = (rank_within(key, scores, keys) < least) & layer.used()
+                scores = scores.masked_fill(protected, torch.inf)
+        return scores
+
+    def _layer_drops(self, update: Update) -> dict[str, tuple[Tensor, int]]:
+        drops = {}
+        for name, layer in update.layers.items():
+            count = min(drop_count(update.fraction, layer.nnz), layer.free)
+            scores = self.drop_scores(update, layer)
+            stream = update.stream(name, "drop ties")
+            if self.drop_by == "signed":
+                drops[name] = self._signed(layer, scores, update.fraction, stream)
+            else:
+                drops[name] = lowest(scores, count, stream), count
+        return drops
+
+    def _global_drops(self, update: Update) -> dict[str, tuple[Tensor, int]]:
+        """One threshold over all layers; every layer keeps a block, and drops no more than it can grow elsewhere."""
+        layers = update.layers
+        total = drop_count(update.fraction, sum(layer.nnz for layer in layers.values()))
+        parts = []
+        for layer in layers.values():
+            scores = self.drop_scores(update, layer)
+            best = (rank_within(torch.zeros_like(layer.row_of_slot()), scores, 1) == 0) & layer.used()
+            parts.append(scores.masked_fill(best, torch.inf))
+        chosen = lowest(torch.cat(parts), total, update.stream("", "drop ties")).split([p.numel() for p in parts])
+        drops = {}
+        for (name, layer), part, scores in zip(layers.items(), chosen, parts, strict=True):
+            count = min(int(part.sum()), layer.free, layer.nnz - 1)
+            drops[name] = lowest(scores, count, update.stream(name, "drop ties")), count
+        return drops
+
+    def _signed(self, layer: Layer, scores: Tensor, fraction: float, stream: Stream) -> tuple[Tensor, int]:
+        """The share of the smallest positive, and that of the largest negative weights; zeros count as positive."""
+        negative = (layer.values.detach().view(-1) < 0) & layer.used()
+        n = int(negative.sum())
+        counts = [drop_count(fraction, n), drop_count(fraction, layer.nnz - n)]
+        excess = max(0, sum(counts) - layer.free)
+        counts = [counts[0] - min(excess, counts[0]), counts[1] - max(0, excess - counts[0])]
+        drop = lowest(scores.masked_fill(~negative, torch.nan), counts[0], stream)
+        drop |= lowest(scores.masked_fill(negative, torch.nan), counts[1], stream)
+        return drop, sum(counts)
+
+    def _minima_first(self, layer: Layer, drop: Tensor, scores: Tensor) -> Tensor:
+        kept = layer.used() & ~drop
+        for of_slot, of_block, keys, least in (
+            (layer.row_of_slot(), layer.row_of_block, layer.grid.rows, self.min_per_row),
+            (layer.column_of_slot(), layer.column_of_block, layer.grid.t_rows, self.min_per_col),
+        ):
+            if least:
+                have = torch.zeros(keys, dtype=torch.int64, device=scores.device).scatter_add_(0, of_slot, kept.long())
+                missing = (least - have).clamp(min=0)
+                needed = rank_within(of_block, scores, keys) < missing[of_block]
+                scores = scores.masked_fill(needed & ~scores.isnan(), torch.inf)
+        return scores

@@ -1,0 +1,83 @@
+"""Tensors that belong to stored blocks follow them: values, gradients, optimizer state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsekern.layout import BlockLayout
+from sparsekern.nn import SparseModule
+
+
+def remap_(tensor: Tensor, slot_map: Tensor) -> None:
+    """Move the rows of ``tensor`` [capacity, ...] in place: row k takes row ``slot_map[k]``, or zero for -1."""
+    with torch.no_grad():
+        moved = tensor.index_select(0, slot_map.clamp(min=0))
+        fresh = (slot_map < 0).view(-1, *[1] * (tensor.dim() - 1))
+        tensor.copy_(moved.masked_fill_(fresh, 0))
+
+
+def block_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's tensors for ``parameter`` that hold something per block slot.
+
+    Raises:
+        TypeError: a tensor that neither is a scalar nor has one row per slot: it could not follow the blocks.
+    """
+    capacity = parameter.shape[0]
+    rows = {}
+    for key, item in optimizer.state.get(parameter, {}).items():
+        if not isinstance(item, Tensor) or (item.numel() == 1 and item.dim() <= 1):
+            continue
+        if item.dim() == 0 or item.shape[0] != capacity:
+            raise TypeError(
+                f"{type(optimizer).__name__}: expected optimizer state with one row per block ({capacity}), got "
+                f"{key!r} of shape {list(item.shape)}, which cannot follow blocks that move; use an elementwise "
+                "optimizer (SGD, the Adam family, RMSprop, Lion)"
+            )
+        rows[key] = item
+    return rows
+
+
+def move_blocks_(module: SparseModule, optimizer: Optimizer, block_mask: Tensor) -> Tensor:
+    """Rewrite the layout of ``module`` in place and let values, gradient and optimizer state follow.
+
+    Grown blocks start at zero, and so does their state. No Parameter or buffer is replaced.
+
+    Args:
+        block_mask: bool [blocks], at most ``capacity`` set.
+
+    Returns:
+        The slot map, int64 [capacity].
+    """
+    rows = [module.values.data, *block_state(optimizer, module.values).values()]
+    if module.values.grad is not None:
+        rows.append(module.values.grad)
+    slot_map = module.layout.update_(block_mask, check=False)
+    for tensor in rows:
+        remap_(tensor, slot_map)
+    torch._C._increment_version([module.values])  # autograd has to see that `.data` was written
+    return slot_map
+
+
+def compact_(module: SparseModule, optimizer: Optimizer, nnz: int) -> None:
+    """Give back spare slots: a new, smaller Parameter and layout take the place of the old ones, optimizer included.
+
+    Args:
+        nnz: stored blocks.
+    """
+    old, layout = module.values, module.layout
+    rows = block_state(optimizer, old)
+    new = nn.Parameter(old.detach()[:nnz].clone(), requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = old.grad[:nnz].clone()
+    fresh = BlockLayout.from_block_mask(layout.grid, layout.block_mask(), capacity=nnz)
+    module.values = new
+    module.index = fresh.index
+    if old in optimizer.state:
+        state: dict[str, Any] = optimizer.state.pop(old)
+        optimizer.state[new] = {key: item[:nnz].clone() if key in rows else item for key, item in state.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
