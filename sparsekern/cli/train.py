@@ -24,7 +24,7 @@ def train_command(
         Path | None, typer.Option(help="YAML file of option values, over the recipe.", rich_help_panel=_START)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/MODEL-DATA-SPARSITY.", rich_help_panel=_RUN)
+        Path | None, typer.Option(help="Run folder. Default: runs/MODEL-DATA-SPARSITY[-METHOD].", rich_help_panel=_RUN)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out; options come from there.", rich_help_panel=_RUN)
@@ -49,7 +49,8 @@ def train_command(
     """Train a network, sparse by default; --sparsity 0 trains it dense.
 
     Later values win: defaults, --recipe, --config, options. The run folder gets config.yaml, plan.json,
-    metrics.jsonl, curves.png, model.pt, result.json and checkpoints.
+    metrics.jsonl, curves.png, model.pt, result.json and checkpoints. With --method, stored blocks move during training
+    and R_s is the fraction of weights that were stored at some time.
     """
     from sparsekern.training.progress import Reporter, TerminalReporter
 
@@ -79,7 +80,12 @@ def _train(settings: TrainConfig, folder: Path, resume: bool, overwrite: bool, r
         accuracy += f"{100 * result.test_acc_at_best_val:.2f} % at the best validation accuracy, "
     step = 1e3 * result.step_seconds["total"]
     size = f"{result.params:,} parameters, {result.macs:,} MACs per sample"
-    typer.echo(f"{accuracy}{size}, {step:.2f} ms per step; {folder}")
+    moved = ""
+    if settings.method != "static" and result.exploration_rate is not None:
+        moved = f", R_s {result.exploration_rate:.3f}"
+        if result.reliably_explored is not None:
+            moved += f" ({result.reliably_explored:.3f} reliably) after {result.updates} updates"
+    typer.echo(f"{accuracy}{size}{moved}, {step:.2f} ms per step; {folder}")
 
 
 def _compare(settings: TrainConfig, folder: Path, resume: bool, overwrite: bool, reporter: Any) -> None:
@@ -92,8 +98,10 @@ def _compare(settings: TrainConfig, folder: Path, resume: bool, overwrite: bool,
 
 
 def default_folder(config: TrainConfig, compare: bool, *, resume: bool, overwrite: bool) -> Path:
-    """``runs/MODEL-DATA-sSPARSITY[-compare]``; numbered where taken, the latest number when resuming."""
+    """``runs/MODEL-DATA-sSPARSITY[-METHOD][-compare]``; numbered where taken, the latest number when resuming."""
     kind = f"s{config.sparsity:g}" if config.sparsity else "dense"
+    kind = "init" if config.init is not None and config.method != "gradual" else kind
+    kind += f"-{config.method}" if config.method != "static" else ""
     base = Path("runs") / f"{config.model}-{config.data}-{kind}{'-compare' if compare else ''}"
     number, folder, latest = 1, base, None
     while folder.exists():

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from sparsekern.training.sparse_lr import realised_sparsity, sparse_lr_factor
 from sparsekern.training.step import PHASES, Step
 from sparsekern.training.task import Task, evaluate, load_task
 from sparsekern.training.weights import CHANNELS, save_net, snapshot_path
+
+if TYPE_CHECKING:
+    from sparsekern.topology import UpdateRecord
 
 
 @dataclass
@@ -238,8 +241,8 @@ class _Run:
         self.total = config.steps or config.epochs * self.per_epoch
         if any(step > self.total for step in config.snapshots):
             raise ConfigError(f"snapshots: expected steps up to {self.total} (the run's), got {max(config.snapshots)}")
+        self.explored: dict[str, Any] | None = None
         self.step_number = 0
-        self.updates = 0
         self.seconds_before = 0.0
         self.resumed_from: int | None = None
         self.last: dict[str, float | None] = {}
@@ -318,7 +321,6 @@ class _Run:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint of step {saved['step']} does not fit this run: {error}") from None
         self.step_number = self.resumed_from = saved["step"]
-        self.updates = saved.get("updates", 0)
         self.seconds_before = saved["seconds"]
         self.interval.load_state_dict(saved["interval"])
         self.epoch.load_state_dict(saved["epoch"])
@@ -431,7 +433,7 @@ class _Run:
         rate = (self.step_number - step_then) / max(now - then, 1e-9)
         self.run_wall += now - then
         self.tick = (now, self.step_number)
-        explored = {} if self.topology is None else {"exploration_rate": self.topology.exploration_rate()}
+        explored = {} if self.topology is None else {"exploration_rate": self._exploration()["exploration_rate"]}
         record = self._write(
             "interval",
             loss=loss,
@@ -464,7 +466,7 @@ class _Run:
             now.update(self._test())
         seconds = self._seconds()
         if self.topology is not None:
-            now.update(exploration(self.topology, self.network.model))
+            now.update(self._exploration())
         record = self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **now)
         for callback in self.callbacks:
             callback.on_epoch(record)
@@ -491,18 +493,24 @@ class _Run:
                 self.last.update(best_val_acc=val_acc, test_acc_at_best_val=test_acc)
         return self.last
 
-    def _log_update(self, update: Any) -> None:
-        self.updates += 1
+    def _log_update(self, update: UpdateRecord) -> None:
         self.base_lr = self._scaled_lr()
+        self.explored = None
         record = self._write(
             "update",
             number=update.number,
-            drop_fraction=update.drop_fraction,
+            drop_fraction=update.fraction,
             dropped=sum(update.dropped.values()),
             grown=sum(update.grown.values()),
         )
         for callback in self.callbacks:
             callback.on_update(record)
+
+    def _exploration(self) -> dict[str, Any]:
+        # Counted once per update: at block 1 it reads one bit per weight.
+        if self.explored is None:
+            self.explored = exploration(self.topology, self.network.model)
+        return self.explored
 
     def _write(self, kind: str, **values: Any) -> dict[str, Any]:
         """The record, which is also a line of metrics.jsonl if there is a folder."""
@@ -535,7 +543,6 @@ class _Run:
             "plan": self.network.plan,
             "optimizer": self.optimizer.state_dict(),
             "topology": None if self.topology is None else self.topology.state_dict(),
-            "updates": self.updates,
             "data": self.task.train.state_dict(),
             "rng": rng_state(),
             "metrics_offset": self.metrics.sync(),
@@ -563,7 +570,7 @@ class _Run:
         size = self.network.size()
         steps = max(1, self.run_steps - (self.total > 1))
         ended: dict[str, Any] = {name: self.last.get(name) for name in _LAST}
-        ended.update(exploration(self.topology, self.network.model))
+        ended.update(self._exploration())
         result = TrainResult(
             config=self.config,
             steps=self.step_number,
@@ -575,7 +582,7 @@ class _Run:
             seconds=self._seconds(),
             step_seconds=self._split(self.run_phases, steps, self.run_wall / max(1, self.run_steps)),
             threads=torch.get_num_threads(),
-            updates=self.updates,
+            updates=0 if self.topology is None else self.topology.updates,
             resumed_from=self.resumed_from,
             folder=self.folder,
             model=self.network.model.eval(),

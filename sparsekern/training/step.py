@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from sparsekern.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from sparsekern.topology import TopologyScheduler
+    from sparsekern.topology import TopologyScheduler, UpdateRecord
 
 PHASES = ("forward", "backward", "optimizer", "topology")
 
@@ -25,7 +25,7 @@ class StepOutput(NamedTuple):
     loss: Tensor
     logits: Tensor
     seconds: tuple[float, float, float, float]
-    update: Any = None
+    update: UpdateRecord | None = None
 
 
 class Step:
@@ -79,15 +79,11 @@ class Step:
         seconds = (forward - start, backward - forward, optimizer, moved - stepped)
         return StepOutput(loss.detach(), logits.detach(), seconds, update)
 
-    def _move_blocks(self) -> Any:
+    def _move_blocks(self) -> UpdateRecord | None:
         assert self.topology is not None
-        before = self.topology.last_update
-        self.topology.step()
-        update = self.topology.last_update
-        if update is None or update is before:
-            return None
-        # Gradual pruning replaces a Parameter by a smaller one when it frees memory.
-        self._parameters = list(self.model.parameters())
+        update = self.topology.step()
+        if update is not None and update.compacted:
+            self._parameters = list(self.model.parameters())
         return update
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
