@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,15 +126,17 @@ def _kept(values: Mapping[str, Any], source: str) -> Kept:
     return Kept(kept, of)
 
 
-def replay_(model: nn.Module, channels: Channels | Mapping[str, Any] | str | os.PathLike[str]) -> nn.Module:
+def replay_(
+    model: nn.Module, channels: Channels | Mapping[str, Any] | str | os.PathLike[str], *, fresh: bool = True
+) -> nn.Module:
     """Give a network built anew the architecture of a pruned one; in place, without Torch-Pruning.
 
-    Kept channels keep their weights, so a network built from the same seed starts where the large one did, and one
-    whose weights are then loaded from a checkpoint is the pruned one.
-
     Args:
-        model: the dense network that the record was made from, untrained or not, on any device (meta too).
+        model: the dense network that the record was made from, on any device (meta too).
         channels: a :class:`Channels`, its dictionary, or the path of its JSON file.
+        fresh: the weights are initial ones, drawn for the large fan-in: scale them to the fan-in that is left, which
+            gives the distribution of a network built small (Kaiming, LeCun). False keeps the weights of what is left
+            as they are, for a trained network.
 
     Returns:
         ``model``.
@@ -166,6 +169,9 @@ def replay_(model: nn.Module, channels: Channels | Mapping[str, Any] | str | os.
     for module, axes in chosen:
         for axis, kept in axes.items():
             slice_(module, axis, kept.kept)
+            if fresh and axis == IN:
+                with torch.no_grad():
+                    module.weight.mul_(math.sqrt(kept.of / len(kept.kept)))  # type: ignore[operator, union-attr]
     return model
 
 
