@@ -54,12 +54,25 @@ def conv2d_block_scores(
     return 2 * math.prod(dy) * x[1] // groups * math.prod(kernel_size)
 
 
+def linear_dense_wgrad(dy: Shape, x: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(dy) * x[-1]
+
+
+def conv2d_dense_wgrad(
+    dy: Shape, x: Shape, kernel_size: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int, **kwargs: Any
+) -> int:
+    return 2 * math.prod(dy) * x[1] // groups * math.prod(kernel_size)
+
+
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     ops = torch.ops.sparsekern
     register_flop_formula([ops.linear, ops.linear_dgrad])(linear)
-    for formula in (linear_wgrad, block_scores, conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_block_scores):
+    for formula in (
+        linear_wgrad, block_scores, linear_dense_wgrad,
+        conv2d, conv2d_dgrad, conv2d_wgrad, conv2d_block_scores, conv2d_dense_wgrad,
+    ):  # fmt: skip
         register_flop_formula(getattr(ops, formula.__name__))(formula)
 
 

@@ -82,6 +82,7 @@ class SparseModule(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.grid = layout.grid
         self.masked = False
+        self.probe = None  # on the instance: a graph compiled without a probe guards on where the attribute lives
         self.values = nn.Parameter(torch.zeros(layout.capacity, *layout.grid.block, **factory))  # type: ignore[arg-type]
         self.register_buffer("index", layout.index.to(self.values.device), persistent=False)
         if element_mask is not None:
