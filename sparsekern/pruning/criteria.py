@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def compute(
     return scores
 
 
-def undisturbed(model: nn.Module) -> Any:
+def undisturbed(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which new modules may draw their initial weights without touching the user's random streams."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     return torch.random.fork_rng(devices=sorted(d.index for d in devices))

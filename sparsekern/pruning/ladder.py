@@ -102,7 +102,7 @@ def prune_level_(
         ValueError: as :func:`prune_`; the model has fewer weights already.
     """
     level = Level(level) if isinstance(level, int) else level
-    weights, _ = _counts(model, options)
+    weights, _ = _counts(model, criterion, options)
     return prune_(model, 1.0 - level.remaining(weights) / weights, criterion, **options)
 
 
@@ -146,12 +146,12 @@ def iterate(
                 after(model, level)
         if train_fn is not None:
             train_fn(model, level)
-        weights, kept = _counts(model, options)
+        weights, kept = _counts(model, criterion, options)
         out.append(Pruned(level, weights, kept, plan))
     return out
 
 
-def _counts(model: nn.Module, options: Mapping[str, Any]) -> tuple[int, int]:
-    chosen = prunable(model, options.get("names"), options.get("include", INCLUDE), options.get("exclude", ()))
-    living = [alive(c) for c in chosen]
+def _counts(model: nn.Module, criterion: str | Mapping[str, Tensor], options: Mapping[str, Any]) -> tuple[int, int]:
+    names = options.get("names") or (list(criterion) if isinstance(criterion, Mapping) else None)
+    living = [alive(c) for c in prunable(model, names, options.get("include", INCLUDE), options.get("exclude", ()))]
     return sum(mask.numel() for mask in living), sum(int(mask.count_nonzero()) for mask in living)

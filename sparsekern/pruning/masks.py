@@ -84,21 +84,17 @@ def prune_masks(
     living = {c.name: alive(c) for c in chosen}
     total = sum(mask.numel() for mask in living.values())
     left = sum(int(mask.count_nonzero()) for mask in living.values())
-    grids = {c.name: BlockGrid(c.weight_shape, _block_of(c, block), c.groups) for c in chosen}
+    grids = {c.name: BlockGrid(c.weight_shape, block_of(c, block), c.groups) for c in chosen}
 
+    if sparsity is not None:
+        _check_room(round((1.0 - sparsity) * total) - left, grids, "sparsity", sparsity, left / total)
     quotas: dict[str, int] | None = None
     if scope == "layer":
         quotas = _quotas(model, chosen, living, grids, sparsity, per_layer or "uniform")
         sparsity = 1.0 - sum(quotas.values()) / total
     assert sparsity is not None
     keep = max(round((1.0 - sparsity) * total), 1)
-    if keep - left >= max(math.prod(grid.block) for grid in grids.values()):
-        raise ValueError(
-            f"sparsity: expected at least the {1.0 - left / total:.6g} that these layers have, got {sparsity:.6g}; "
-            "pruned weights do not return (redense_ brings them back as zeros)"
-        )
-
-    scores = _scores(model, chosen, criterion, grids, batches, loss_fn, example_input, sparsity, seed)
+    scores = _scores(model, chosen, living, criterion, grids, batches, loss_fn, example_input, sparsity, seed)
     cost = {name: grid.to_blocks(living[name].to(torch.int32)).sum((1, 2)) for name, grid in grids.items()}
     if quotas is None:
         kept = _globally(scores, cost, keep, min_blocks, seed)
@@ -131,7 +127,17 @@ def _check(
         raise ValueError(f"min_blocks: expected 0 and more, got {min_blocks}")
 
 
-def _block_of(c: Candidate, block: int | Sequence[int] | None) -> tuple[int, int]:
+def _check_room(more: int, grids: Mapping[str, BlockGrid], what: str, sparsity: float, density: float) -> None:
+    """Raise where ``more`` weights than there are would be kept; less than a block is rounding."""
+    if more >= max(math.prod(grid.block) for grid in grids.values()):
+        raise ValueError(
+            f"{what}: expected {1.0 - density:.6g} and more, the sparsity already there, got {sparsity:.6g}; pruned "
+            "weights do not return (redense_ brings them back as zeros)"
+        )
+
+
+def block_of(c: Candidate, block: int | Sequence[int] | None) -> tuple[int, int]:
+    """``block``, or by default that of a sparse layer and 1x1 for a dense one."""
     if block is not None:
         return as_block(block)
     return c.module.block if isinstance(c.module, SparseModule) else (1, 1)
@@ -143,6 +149,7 @@ def _block_of(c: Candidate, block: int | Sequence[int] | None) -> tuple[int, int
 def _scores(
     model: nn.Module,
     chosen: Sequence[Candidate],
+    living: Mapping[str, Tensor],
     criterion: str | Mapping[str, Tensor],
     grids: Mapping[str, BlockGrid],
     batches: Iterable[tuple[Any, Any]] | None,
@@ -174,9 +181,9 @@ def _scores(
             out[c.name] = uniform_scores(seed, c.name, (grid.blocks,))
             continue
         score = oriented(c, found[c.name].detach()).to("cpu", torch.float64)
-        if not bool((score.isfinite() | score.isneginf()).all()):
+        score = score.masked_fill(~living[c.name], 0.0)
+        if not bool(score.isfinite().all()):
             raise ValueError(f"scores: expected finite numbers, got NaN or infinity in {c.name!r}")
-        score = score.masked_fill(score.isneginf(), 0.0)
         if criterion == "lamp":
             score = score.square()
         inside = grid.to_blocks(torch.ones(grid.weight_shape)).sum((1, 2))
@@ -220,12 +227,9 @@ def _quotas(
     has = {name: int(mask.count_nonzero()) for name, mask in living.items()}
     if isinstance(per_layer, Mapping):
         for name, d in densities.items():
-            if d * living[name].numel() - has[name] >= math.prod(grids[name].block):
-                own = 1.0 - has[name] / living[name].numel()
-                raise ValueError(
-                    f"per_layer[{name!r}]: expected at least the {own:.6g} that the layer has, got {per_layer[name]}; "
-                    "pruned weights do not return"
-                )
+            size = living[name].numel()
+            more, own = round(d * size) - has[name], {name: grids[name]}
+            _check_room(more, own, f"per_layer[{name!r}]", per_layer[name], has[name] / size)
     wanted = {name: d * living[name].numel() for name, d in densities.items()}
     singles = {c.name: BlockGrid(c.weight_shape, (1, 1), c.groups) for c in chosen}
     budget, fixed = math.fsum(wanted.values()), dict[str, int]()

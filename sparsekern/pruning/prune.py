@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparsekern.allocation.scores import LossFn
 from sparsekern.config import Selector, SparsityConfig
-from sparsekern.layout import as_block
 from sparsekern.matching import Candidate
 from sparsekern.nn import SparseModule
 from sparsekern.plan import Plan
@@ -18,7 +17,7 @@ from sparsekern.sparsify import Planner, replace_module, to_dense
 
 from .criteria import undisturbed
 from .layers import INCLUDE, alive, oriented, prunable
-from .masks import prune_masks
+from .masks import block_of, prune_masks
 
 
 def prune_(
@@ -108,14 +107,7 @@ def apply_masks_(
         raise ValueError(f"below_break_even: expected sparse or masked, got {below_break_even!r}")
     chosen = prunable(model, list(masks))
     wanted = {c.name: _checked(c, masks[c.name]) for c in chosen}
-    blocks = {c.name: _stored_block(c, block) for c in chosen}
-    if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for c in chosen for p in _weights(c.module)):
-            raise ValueError(
-                "optimizer: expected one that holds the weights to prune, got one with none of them; pass the one that "
-                "was built from this model"
-            )
+    blocks = {c.name: block_of(c, block) for c in chosen}
     swapped: list[tuple[SparseModule, nn.Module]] = []
     try:
         with undisturbed(model):
@@ -126,6 +118,8 @@ def apply_masks_(
                     swapped.append((c.module, dense))
         planner = _Planner(model, wanted, blocks, example_input, below_break_even)
         result = planner.plan()
+        if optimizer is not None and planner.grids:
+            _check_holds(optimizer, [c for c in chosen if c.name in planner.grids])
     except BaseException:
         for sparse, dense in swapped:
             replace_module(model, dense, sparse)
@@ -133,7 +127,7 @@ def apply_masks_(
     if optimizer is not None:
         for sparse, dense in swapped:
             _back_to_dense(optimizer, sparse, dense)
-    planner.carry_out(result, optimizer)
+    planner.carry_out(result, optimizer if planner.grids else None)
     return result
 
 
@@ -156,14 +150,14 @@ class _Planner(Planner):
         return self.blocks[c.name]
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter | None]:
-    return [module.values if isinstance(module, SparseModule) else module._parameters["weight"]]
-
-
-def _stored_block(c: Candidate, block: int | Sequence[int] | None) -> tuple[int, int]:
-    if block is not None:
-        return as_block(block)
-    return c.module.block if isinstance(c.module, SparseModule) else (1, 1)
+def _check_holds(optimizer: torch.optim.Optimizer, pruned: Sequence[Candidate]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    key = {True: "values", False: "weight"}
+    if not any(id(c.module._parameters[key[isinstance(c.module, SparseModule)]]) in held for c in pruned):
+        raise ValueError(
+            "optimizer: expected one that holds the weights to prune, got one with none of them; pass the one that was "
+            "built from this model"
+        )
 
 
 def _checked(c: Candidate, mask: Tensor) -> Tensor:
