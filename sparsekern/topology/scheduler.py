@@ -159,10 +159,14 @@ class TopologyScheduler:
         changes = self.method.changes(update)
         self._check_changes(changes)
         slot_maps = {name: self._apply(self.layers[name], change) for name, change in changes.items()}
+        for name, layer in self.layers.items():
+            if name not in changes:  # its blocks were kept too
+                exploration.record(layer, layer.stored())
         compacted = self.method.compacts(nnz_before, update)
         if compacted:
             for layer in self.layers.values():
                 compact_(layer.module, self.optimizer, layer.nnz)
+            self.method.compacted(self.layers)
         self.updates += 1
         self.last_update = UpdateRecord(
             update.number,
