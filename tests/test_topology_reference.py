@@ -1,0 +1,204 @@
+"""Every topology method, step by step beside the same method on masked dense weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsekern as sk
+from sparsekern import topology
+from sparsekern.nn import SparseModule
+
+from .topology_reference import Reference
+
+STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the nets are tiny
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A strided convolution, one with groups, a linear layer, a dense head; no size is a multiple of 8."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(5, 14, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(14, 18, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(18, 37),
+        nn.ReLU(),
+        nn.Linear(37, 4),
+    ).to(dtype)
+
+
+def block_masks(net: nn.Module, block: int, density: float = 0.3) -> dict[str, Tensor]:
+    """Masks of whole blocks for all layers but the head."""
+    generator = torch.Generator().manual_seed(5)
+    masks = {}
+    for name in ("0", "2", "6"):
+        layer = net.get_submodule(name)
+        groups = getattr(layer, "groups", 1)
+        out, inp, *taps = layer.weight.shape
+        # Blocks of output channels start anew in every group.
+        rows = [g * 1000 + o // block for g in range(groups) for o in range(out // groups)]
+        columns = [i // block for i in range(inp)]
+        row_ids = torch.tensor([sorted(set(rows)).index(row) for row in rows])
+        drawn = torch.rand(len(set(rows)), len(set(columns)), *taps, generator=generator) < density
+        drawn.view(-1)[0] = True
+        masks[name] = drawn[row_ids][:, torch.tensor(columns)]
+    return masks
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Random images, and labels that depend on them."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, 5, 7, 7, generator=generator, dtype=torch.float64)
+    y = (x.mean((1, 2, 3)) * 20).long().remainder(4)
+    return x.to(dtype), y
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05),
+}
+
+
+@dataclass
+class Case:
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    block: int = 8
+    optimizer: str = "sgd"
+    micro: int = 1
+    dtype: torch.dtype = torch.float64
+    capacity: float = 1.0
+    density: float = 0.3
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items() if key != "update_every")
+        extra = "" if self.micro == 1 else f"-micro{self.micro}"
+        extra += "" if self.dtype == torch.float64 else "-float32"
+        return f"{self.method}-{options or 'default'}-{self.block}-{self.optimizer}{extra}"
+
+
+class Pair:
+    """The sparse run and its masked-dense twin."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        dense = network(case.dtype)
+        masks = block_masks(dense, case.block, case.density)
+        self.net = copy.deepcopy(dense)
+        cfg = sk.SparsityConfig(block=case.block, below_break_even="sparse", capacity=case.capacity)
+        sk.sparsify_(self.net, cfg, masks=masks)
+        self.optimizer = OPTIMIZERS[case.optimizer](self.net.parameters())
+        method = topology.method(case.method, **case.options)
+        self.topo = sk.TopologyScheduler(self.net, self.optimizer, method, STEPS, seed=7)
+        capacities = {name: layer.capacity for name, layer in self.topo.layers.items()}
+        self.ref = Reference(dense, masks, case.block, case.method, case.options, STEPS, 7, capacities)
+        self.ref.attach(OPTIMIZERS[case.optimizer](dense.parameters()))
+
+    def step(self, number: int) -> None:
+        x, y = batch(number, self.case.dtype)
+        for net in (self.net, self.ref.net):
+            for part, labels in zip(x.chunk(self.case.micro), y.chunk(self.case.micro)):
+                (nn.functional.cross_entropy(net(part), labels) / self.case.micro).backward()
+                if net is self.net:
+                    self.topo.step()  # no optimizer step yet: does nothing
+        for optimizer, topo in ((self.optimizer, self.topo), (self.ref.optimizer, self.ref)):
+            optimizer.step()
+            topo.step()
+            optimizer.zero_grad()
+
+    def check(self, number: int) -> None:
+        bound = 1e-10 if self.case.dtype == torch.float64 else 1e-4
+        for name, twin in self.ref.layers.items():
+            module, weight = self.net.get_submodule(name), twin.module.dense.weight
+            assert isinstance(module, SparseModule)
+            where = f"step {number}, layer {name}"
+            differing = int((module.mask != twin.module.mask).sum())
+            assert differing == 0, f"{where}: masks differ in {differing} of {twin.module.mask.numel()} weights"
+            state, expected = self.optimizer.state[module.values], self.ref.optimizer.state[weight]
+            rows = {"values": (module.values.detach(), weight.detach())}
+            rows |= {key: (state[key], expected[key]) for key in expected if expected[key].shape == weight.shape}
+            assert len(rows) == (2 if self.case.optimizer == "sgd" else 3)
+            for what, (own, other) in rows.items():
+                dense = module.layout.to_dense(own)
+                error = (dense - other).abs().max()
+                assert error <= bound * other.abs().max(), f"{where}: {what} off by {error:.2e} of {other.abs().max()}"
+                assert torch.equal(module.layout.from_dense(dense), own), f"{where}: {what}: spare or padding not zero"
+            assert self.topo.layers[name].nnz == module.layout.nnz == twin.nnz
+        head, other = self.net[-1].weight, self.ref.net[-1].weight
+        assert (head - other).abs().max() <= bound * other.abs().max(), f"step {number}: head"
+
+    def check_record(self) -> None:
+        """What the scheduler says of itself after a step."""
+        record, expected = self.topo.last_update, self.ref.last
+        assert (record is None) == (expected is None)
+        assert self.topo.updates == self.ref.updates
+        if record is not None and expected is not None:
+            told = {name: (record.dropped[name], record.grown[name]) for name in record.dropped}
+            assert {name: counts for name, counts in told.items() if counts != (0, 0)} == expected
+            assert record.step == self.topo.steps == self.ref.steps
+
+    def run(self, updates: int) -> None:
+        start = {name: layer.kept.copy() for name, layer in self.ref.layers.items()}
+        for number in range(STEPS):
+            self.step(number)
+            self.check(number)
+            self.check_record()
+        assert self.topo.updates == updates
+        assert self.topo.exploration_rate() == pytest.approx(self.ref.explored())
+        assert self.topo.reliably_explored() == pytest.approx(self.ref.explored("reliable"))
+        rates = self.topo.exploration_rates()
+        assert rates == pytest.approx({name: self.ref.explored(names=[name]) for name in rates})
+        moved = any((layer.kept != start[name]).any() for name, layer in self.ref.layers.items())
+        assert moved == (updates > 0)
+        for module in self.net.modules():
+            if isinstance(module, SparseModule):
+                module.layout.validate()
+
+
+EVERY = {"update_every": 4}  # stops at 3/4 of 40 steps: 4, 8, ..., 28
+UPDATES = 7
+CASES = [
+    Case("static", {}, 8),
+    Case("static", {}, 1, "adamw"),
+    Case("set", EVERY, 8),
+    Case("set", EVERY, 1, "adamw"),
+    Case("set", EVERY, 4, "adamw", dtype=torch.float32),
+    Case("set", EVERY | {"growth": "unexplored"}, 8, "adamw"),
+    Case("set", EVERY | {"growth": "unexplored"}, 1, density=0.6),
+    Case("set", EVERY | {"scope": "global"}, 8),
+    Case("set", EVERY | {"scope": "global"}, 1, "adamw"),
+    Case("set", EVERY | {"drop_by": "l2"}, 8, "adamw"),
+    Case("set", EVERY | {"drop_by": "linf", "drop_schedule": "linear"}, 8),
+    Case("set", EVERY | {"drop_by": "gradient"}, 8),
+    Case("set", EVERY | {"drop_by": "gradient"}, 1, "adamw", micro=2),
+    Case("set", EVERY | {"drop_by": "random", "drop_schedule": "constant"}, 8),
+    Case("set", EVERY | {"drop_by": "signed"}, 1),
+    Case("set", EVERY | {"min_per_row": 2, "min_per_col": 1}, 8),
+    Case("set", EVERY | {"min_per_row": 3, "min_per_col": 3}, 1, "adamw"),
+    Case("rigl", EVERY, 8),
+    Case("rigl", EVERY, 8, "adamw", micro=2),
+    Case("rigl", EVERY, 1),
+    Case("rigl", EVERY, 4, dtype=torch.float32),
+    Case("rigl", EVERY | {"exact": True}, 8, micro=2),
+    Case("rigl", EVERY | {"exact": True}, 1, "adamw"),
+    Case("rigl", EVERY | {"scope": "global", "drop_by": "gradient"}, 8, "adamw"),
+    Case("rigl", EVERY | {"min_per_row": 1, "min_per_col": 2}, 8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_masked_dense(case):
+    Pair(case).run(0 if case.method == "static" else UPDATES)

@@ -1,0 +1,378 @@
+"""Dynamic sparse training the slow way: dense weights times a mask, and every rule written down again in numpy.
+
+Nothing here uses the package's layouts, selection or schedules; of its topology code only the random streams are
+shared, so that both sides draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsekern.topology.streams import Stream
+
+PRIMES = (4294967291, 4294967279, 4294967231, 4294967197, 4294967189, 4294967161, 4294967143, 4294967111)
+
+
+# -- masked dense layers -----------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A dense layer that computes with ``weight * mask``, and keeps the dense gradient of that product."""
+
+    def __init__(self, dense: nn.Linear | nn.Conv2d, mask: Tensor) -> None:
+        super().__init__()
+        self.dense = dense
+        self.register_buffer("mask", mask)
+        self.gradients: list[Tensor] = []  # of every backward since the last optimizer step
+        with torch.no_grad():
+            dense.weight *= mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.dense.weight * self.mask
+        if torch.is_grad_enabled():
+            weight.register_hook(lambda gradient: self.gradients.append(gradient.detach().clone()))
+        if isinstance(self.dense, nn.Linear):
+            return F.linear(x, weight, self.dense.bias)
+        d = self.dense
+        return F.conv2d(x, weight, d.bias, d.stride, d.padding, d.dilation, d.groups)
+
+
+class Layer:
+    """One masked layer in blocks.
+
+    Attributes:
+        element: int [blocks, bo, bi], where each element of each block lies in the flat weight; -1 for padding. Blocks
+            are counted by group, block row, tap, block column.
+        row, column: int [blocks], block row and block column over all groups.
+        kept: bool [blocks].
+    """
+
+    def __init__(self, name: str, module: Masked, block: tuple[int, int], capacity: int | None = None) -> None:
+        self.name, self.module = name, module
+        dense = module.dense
+        groups = dense.groups if isinstance(dense, nn.Conv2d) else 1
+        out, inp, *kernel = dense.weight.shape
+        taps = math.prod(kernel)
+        out //= groups
+        bo, bi = block
+        rows, columns = math.ceil(out / bo), math.ceil(inp / bi)
+        element, row, column = [], [], []
+        for g, r, t, c in itertools.product(range(groups), range(rows), range(taps), range(columns)):
+            places = np.full((bo, bi), -1)
+            for i, j in itertools.product(range(min(bo, out - r * bo)), range(min(bi, inp - c * bi))):
+                places[i, j] = ((g * out + r * bo + i) * inp + c * bi + j) * taps + t
+            element.append(places)
+            row.append(g * rows + r)
+            column.append(g * columns + c)
+        self.element, self.row, self.column = np.stack(element), np.array(row), np.array(column)
+        self.inside = (self.element >= 0).sum((1, 2))
+        self.kept = self.blocks_of(module.mask).astype(bool).any((1, 2))
+        self.explored, self.reliable = self.kept.copy(), np.zeros_like(self.kept)
+        self.capacity = self.nnz if capacity is None else capacity
+
+    @property
+    def nnz(self) -> int:
+        return int(self.kept.sum())
+
+    @property
+    def free(self) -> int:
+        return int((~self.kept).sum())
+
+    def blocks_of(self, weight: Tensor) -> np.ndarray:
+        """Blocks [blocks, bo, bi] of a tensor of the weight's shape, in float64, zero-padded."""
+        flat = np.append(weight.detach().double().numpy().ravel(), 0.0)
+        return flat[self.element]
+
+    def weights(self) -> np.ndarray:
+        return self.blocks_of(self.module.dense.weight)
+
+    def gradient(self) -> np.ndarray:
+        """Dense gradient of the step, [blocks, bo, bi]: the sum over micro-batches."""
+        return sum(self.blocks_of(gradient) for gradient in self.module.gradients)  # type: ignore[return-value]
+
+    def norms(self, exact: bool) -> np.ndarray:
+        """Growth scores [blocks]: norms of the step's gradient blocks, summed over micro-batches."""
+        if exact:
+            return frobenius(self.gradient())
+        return sum(frobenius(self.blocks_of(gradient)) for gradient in self.module.gradients)  # type: ignore[return-value]
+
+    def set_mask(self, kept: np.ndarray) -> None:
+        """Take the blocks ``kept``, count what was explored."""
+        self.explored |= kept
+        self.reliable |= kept & self.kept
+        self.kept = kept
+        mask = np.zeros(self.module.mask.numel() + 1, dtype=bool)
+        mask[self.element[kept]] = True
+        self.module.mask.copy_(torch.from_numpy(mask[:-1]).view_as(self.module.mask))
+
+
+def frobenius(blocks: np.ndarray) -> np.ndarray:
+    return np.sqrt((blocks**2).sum((1, 2)))
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def lowest(scores: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+    """bool [n]: the ``count`` lowest; of t entries tied at the threshold, those whose (number * prime + shift) mod t is
+    smallest. NaN is higher than anything."""
+    prime, shift = PRIMES[stream.integer(len(PRIMES))], stream.integer(2**31)
+    chosen = np.zeros(len(scores), dtype=bool)
+    if count <= 0:
+        return chosen
+    threshold = np.sort(scores)[count - 1]  # numpy sorts NaN last
+    if np.isnan(threshold):
+        tied = np.flatnonzero(np.isnan(scores))
+        chosen[~np.isnan(scores)] = True
+    else:
+        tied = np.flatnonzero(scores == threshold)
+        chosen[scores < threshold] = True
+    left = count - int(chosen.sum())
+    for number, place in enumerate(tied):
+        if (number * prime + shift) % len(tied) < left:
+            chosen[place] = True
+    assert chosen.sum() == count
+    return chosen
+
+
+def highest(scores: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+    """As :func:`lowest`; NaN is lower than anything."""
+    return lowest(np.where(np.isnan(scores), np.inf, -scores), count, stream)
+
+
+def best_of_each(key: np.ndarray, scores: np.ndarray, counts: Mapping[int, int]) -> np.ndarray:
+    """bool [n]: of the entries with key k the ``counts[k]`` of the highest scores, ties by index; NaN never."""
+    chosen = np.zeros(len(scores), dtype=bool)
+    for k, count in counts.items():
+        places = [i for i in np.flatnonzero(key == k) if not np.isnan(scores[i])]
+        places.sort(key=lambda i: -scores[i])  # stable
+        chosen[places[:count]] = True
+    return chosen
+
+
+def pick(candidates: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+    """int [count]: a random subset of the places where ``candidates`` is true."""
+    places = np.flatnonzero(candidates)
+    return places[stream.subset(len(places), count)]
+
+
+def share(fraction: float, blocks: int) -> int:
+    """``ceil(fraction * blocks)``, in whole numbers where the product is one."""
+    product = fraction * blocks
+    whole = round(product)
+    return min(blocks, whole if abs(product - whole) < 1e-9 else math.ceil(product))
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "drop_fraction": 0.3, "update_every": 100, "stop_fraction": 0.75, "drop_schedule": "cosine", "drop_by": "l1",
+    "scope": "layer", "min_per_row": 0, "min_per_col": 0, "exact": False, "growth": "random",
+}  # fmt: skip
+
+
+class Reference:
+    """A masked-dense network under a topology method; ``step()`` after every ``optimizer.step()``.
+
+    Args:
+        net: a dense network; the layers named in ``masks`` become :class:`Masked` in place.
+        masks: {layer: bool mask of whole blocks, the weight's shape}.
+        block: edges.
+        method: lower-case name; ``options`` as the method's class takes them.
+        capacities: {layer: blocks that the layer may hold}, for methods that move blocks between layers.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        masks: Mapping[str, Tensor],
+        block: int,
+        method: str,
+        options: Mapping[str, Any],
+        total_steps: int,
+        seed: int = 0,
+        capacities: Mapping[str, int] | None = None,
+    ) -> None:
+        self.net, self.method, self.total_steps, self.seed = net, method, total_steps, seed
+        self.options = {**DEFAULTS, **options}
+        self.layers: dict[str, Layer] = {}
+        for name, mask in masks.items():
+            masked = Masked(net.get_submodule(name), mask.clone())  # type: ignore[arg-type]
+            parent, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(parent), leaf, masked)
+            self.layers[name] = Layer(name, masked, (block, block), (capacities or {}).get(name))
+        self.steps = self.updates = 0
+        self.fraction = 0.0
+        self.memory: dict[str, Any] = {}
+        # What the ranks of a data-parallel run would have found, in place of this process's own norms.
+        self.found: dict[str, np.ndarray] | None = None
+        self.last: dict[str, tuple[int, int]] | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Reference:
+        self.optimizer = optimizer
+        return self
+
+    def stream(self, layer: str, purpose: str) -> Stream:
+        return Stream(self.seed, layer, self.updates, purpose)
+
+    def step(self) -> None:
+        self.steps += 1
+        self.last = None
+        o = self.options
+        if self.method != "static" and self.steps % o["update_every"] == 0:
+            stop = o["stop_fraction"] * self.total_steps
+            if self.steps < stop:
+                self.fraction = decayed(o["drop_schedule"], o["drop_fraction"], self.steps / stop)
+                self.apply(drop_and_grow(self))
+        for layer in self.layers.values():
+            layer.module.gradients.clear()
+
+    def apply(self, changes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """``changes``: {layer: blocks dropped, blocks grown}, bool [blocks] each."""
+        self.last = {}
+        for name, (dropped, grown) in changes.items():
+            layer = self.layers[name]
+            assert not (dropped & ~layer.kept).any() and not (grown & layer.kept).any()
+            layer.set_mask((layer.kept & ~dropped) | grown)
+            if dropped.any() or grown.any():
+                self.last[name] = int(dropped.sum()), int(grown.sum())
+        self.updates += 1
+        self.mask_everything()
+
+    def mask_everything(self) -> None:
+        """Weights, gradients and optimizer state are zero outside the masks."""
+        for layer in self.layers.values():
+            weight, mask = layer.module.dense.weight, layer.module.mask
+            with torch.no_grad():
+                weight *= mask
+                if weight.grad is not None:
+                    weight.grad *= mask
+                for item in self.optimizer.state[weight].values():
+                    if isinstance(item, Tensor) and item.shape == weight.shape:
+                        item *= mask
+
+    def explored(self, which: str = "explored", names: Iterable[str] | None = None) -> float:
+        layers = [self.layers[name] for name in (self.layers if names is None else names)]
+        seen = sum(int(layer.inside[getattr(layer, which)].sum()) for layer in layers)
+        return seen / sum(int(layer.inside.sum()) for layer in layers)
+
+
+def decayed(schedule: str, start: float, t: float) -> float:
+    return {
+        "cosine": start * (1 + math.cos(math.pi * t)) / 2,
+        "linear": start * (1 - t),
+        "constant": start,
+    }[schedule]
+
+
+# -- drop and grow: SET, RigL ------------------------------------------------------------------------------------------
+
+
+def drop_and_grow(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    drops = global_drops(ref) if ref.options["scope"] == "global" else layer_drops(ref)
+    return {name: (dropped, grow(ref, ref.layers[name], dropped)) for name, dropped in drops.items()}
+
+
+def drop_scores(ref: Reference, layer: Layer) -> np.ndarray:
+    """[blocks], NaN where nothing is kept, inf at blocks that the minima per row and column protect."""
+    weights, o = layer.weights(), ref.options
+    flat = weights.reshape(len(weights), -1)
+    by: dict[str, Callable[[], np.ndarray]] = {
+        "l1": lambda: np.abs(flat).mean(1),
+        "signed": lambda: np.abs(flat).mean(1),
+        "l2": lambda: np.sqrt((flat**2).mean(1)),
+        "linf": lambda: np.abs(flat).max(1),
+        "gradient": lambda: np.abs(flat * layer.gradient().reshape(flat.shape)).mean(1),
+        "random": lambda: of_kept(layer, ref.stream(layer.name, "drop").uniform(layer.nnz).numpy()),
+    }
+    scores = np.where(layer.kept, by[o["drop_by"]](), np.nan)
+    for key, least in ((layer.row, o["min_per_row"]), (layer.column, o["min_per_col"])):
+        scores[best_of_each(key, scores, dict.fromkeys(key.tolist(), least))] = np.inf
+    return scores
+
+
+def of_kept(layer: Layer, scores: np.ndarray) -> np.ndarray:
+    """[blocks] from scores [nnz] of the kept blocks in their order."""
+    out = np.full(len(layer.kept), np.nan)
+    out[layer.kept] = scores
+    return out
+
+
+def lowest_kept(layer: Layer, scores: np.ndarray, count: int, stream: Stream) -> np.ndarray:
+    """bool [blocks]: ``count`` kept blocks of the lowest ``scores`` [blocks]."""
+    dropped = np.zeros(len(layer.kept), dtype=bool)
+    dropped[layer.kept] = lowest(scores[layer.kept], count, stream)
+    return dropped
+
+
+def layer_drops(ref: Reference) -> dict[str, np.ndarray]:
+    drops = {}
+    for name, layer in ref.layers.items():
+        scores, stream = drop_scores(ref, layer), ref.stream(name, "drop ties")
+        if ref.options["drop_by"] == "signed":
+            negative = layer.kept & (layer.weights().reshape(-1) < 0)
+            sides = [(negative, share(ref.fraction, int(negative.sum())))]
+            sides.append((layer.kept & ~negative, share(ref.fraction, layer.nnz - int(negative.sum()))))
+            assert sum(count for _, count in sides) <= layer.free
+            dropped = np.zeros(len(layer.kept), dtype=bool)
+            for side, count in sides:
+                dropped |= lowest_kept(layer, np.where(side, scores, np.nan), count, stream)
+        else:
+            dropped = lowest_kept(layer, scores, min(share(ref.fraction, layer.nnz), layer.free), stream)
+        drops[name] = dropped
+    return drops
+
+
+def global_drops(ref: Reference) -> dict[str, np.ndarray]:
+    """One threshold over all layers. Each keeps its best block, and drops no more than it has free places."""
+    scores = {}
+    for name, layer in ref.layers.items():
+        own = drop_scores(ref, layer)
+        own[best_of_each(np.zeros(len(own)), own, {0: 1})] = np.inf
+        scores[name] = own
+    total = share(ref.fraction, sum(layer.nnz for layer in ref.layers.values()))
+    everything = np.concatenate([scores[name][layer.kept] for name, layer in ref.layers.items()])
+    chosen = lowest(everything, total, ref.stream("", "drop ties"))
+    drops = {}
+    for name, layer in ref.layers.items():
+        own, chosen = chosen[: layer.nnz], chosen[layer.nnz :]
+        count = min(int(own.sum()), layer.free, layer.nnz - 1)
+        drops[name] = lowest_kept(layer, scores[name], count, ref.stream(name, "drop ties"))
+    return drops
+
+
+def grow(ref: Reference, layer: Layer, dropped: np.ndarray) -> np.ndarray:
+    """bool [blocks]: as many new blocks as ``dropped`` ones; what was just dropped does not return."""
+    count, o = int(dropped.sum()), ref.options
+    grown = np.zeros_like(layer.kept)
+    if count == 0:
+        return grown
+    stream = ref.stream(layer.name, "grow")
+    minima = o["min_per_row"] or o["min_per_col"]
+    if ref.method == "set" and o["growth"] == "unexplored":
+        fresh = ~layer.explored
+        first = pick(fresh, min(count, int(fresh.sum())), stream)
+        grown[first] = True
+        grown[pick(layer.explored & ~layer.kept, count - len(first), stream)] = True
+    elif ref.method == "set" and not minima:
+        grown[pick(~layer.kept, count, stream)] = True
+    else:
+        if ref.method == "set":
+            scores = stream.uniform(len(layer.kept)).double().numpy()
+        else:
+            scores = layer.norms(o["exact"]) if ref.found is None else ref.found[layer.name]
+        scores = np.where(layer.kept, np.nan, scores)
+        for key, least in ((layer.row, o["min_per_row"]), (layer.column, o["min_per_col"])):
+            left = np.bincount(key[layer.kept & ~dropped], minlength=key.max() + 1)
+            missing = {k: max(0, least - int(have)) for k, have in enumerate(left)}
+            scores[best_of_each(key, scores, missing)] = np.inf
+        grown = highest(scores, count, ref.stream(layer.name, "ties"))
+    return grown
