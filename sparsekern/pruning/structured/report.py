@@ -64,7 +64,9 @@ class Report:
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(title=str(self), title_justify="left", show_footer=True)
+        name = f"{self.method} ({self.target})" if self.target else self.method
+        title = f"{name}: {self.params_before:,} -> {self.params_after:,} parameters"
+        table = Table(title=title, title_justify="left", show_footer=True)
         table.add_column("layer", footer="total")
         table.add_column("channels", justify="right")
         table.add_column("left", justify="right")
