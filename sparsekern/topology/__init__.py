@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsekern.topology.dsr import DSR
 from sparsekern.topology.follow import follow
+from sparsekern.topology.gradual import GradualMagnitude
 from sparsekern.topology.method import Change, Method, Update
 from sparsekern.topology.rigl import RigL
 from sparsekern.topology.scheduler import TopologyScheduler, UpdateRecord
 from sparsekern.topology.set import SET, Static
 from sparsekern.topology.slots import remap_
+from sparsekern.topology.snfs import SNFS
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL}
+METHODS: dict[str, type[Method]] = {
+    "static": Static, "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "gradual": GradualMagnitude,
+}  # fmt: skip
 
 
 def method(name: str, **options: Any) -> Method:
@@ -31,6 +36,6 @@ def method(name: str, **options: Any) -> Method:
 
 
 __all__ = [
-    "METHODS", "SET", "Change", "Method", "RigL", "Static", "TopologyScheduler", "Update", "UpdateRecord",
-    "follow", "method", "remap_",
+    "DSR", "METHODS", "SET", "SNFS", "Change", "GradualMagnitude", "Method", "RigL", "Static", "TopologyScheduler",
+    "Update", "UpdateRecord", "follow", "method", "remap_",
 ]  # fmt: skip
