@@ -143,6 +143,7 @@ class TrainConfig:
         choices=("l1", "l2", "linf", "gradient", "random", "signed"),
     )  # fmt: skip
     growth: str = _field("random", _DYNAMIC, "Which blocks set grows.", choices=("random", "unexplored"))
+    threshold: float = _field(1e-3, _DYNAMIC, "Magnitude below which dsr first drops; it adapts.", low=0.0)
     scope: str = _field("layer", _DYNAMIC, "Where blocks compete.", choices=("layer", "global"))
     min_per_row: int = _field(0, _DYNAMIC, "Blocks that every block row keeps.", low=0)
     min_per_col: int = _field(0, _DYNAMIC, "Blocks that every block column keeps.", low=0)

@@ -63,5 +63,6 @@ def plot_curves(runs: Mapping[str, str | os.PathLike[str]], path: str | os.PathL
 
 def _explored(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """``(step, R_s)`` of a run in which it changed."""
-    points = [(line["step"], line["exploration_rate"]) for line in lines if line.get("exploration_rate") is not None]
+    intervals = [line for line in lines if line["kind"] == "interval"]
+    points = [(i["step"], i["exploration_rate"]) for i in intervals if i.get("exploration_rate") is not None]
     return points if len({rate for _, rate in points}) > 1 else []

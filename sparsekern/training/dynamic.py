@@ -46,6 +46,8 @@ def method_options(config: TrainConfig, plan: dict[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in TAKES[config.method]}
     for name in ("capacity", "initial_sparsity"):  # what the network was built with
         values.pop(name, None)
+    if config.method == "snfs":
+        values["momentum"] = config.momentum
     if config.method == "gradual":
         values["begin"], values["end"] = values.pop("start_fraction"), values.pop("stop_fraction")
         values["targets"] = {layer["name"]: layer["nnz"] for layer in plan["layers"] if layer["state"] != "dense"}

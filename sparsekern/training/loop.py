@@ -268,7 +268,9 @@ class _Run:
         self.metrics_offset: int = saved["metrics_offset"] if saved is not None else 0
         if saved is not None:
             self._restore(saved)
-        elif plan is not None:
+        elif folder is not None:
+            self._open_folder()
+        if plan is not None:
             reporter.show(plan)
         self.base_lr = self._scaled_lr()
         for note in self.network.notes:
@@ -302,15 +304,17 @@ class _Run:
         network, plan = build_network(self.config, example, self.task.num_classes, batches=batches)
         # Whatever the construction drew, dense and sparse nets train with the same random numbers.
         seed_all(self.config.seed)
-        if self.folder is not None:
-            # Not before data and model are known to work: a mistake leaves no folder behind.
-            if not self.resume:
-                start_folder(self.folder, self.config)
-            if self.config.channels is not None:
-                shutil.copyfile(self.config.channels, self.folder / CHANNELS)
-            if network.plan is not None:
-                write_json(self.folder / "plan.json", network.plan)
         return network, plan
+
+    def _open_folder(self) -> None:
+        """Not before data, model and method are known to work: a mistake leaves no folder behind."""
+        assert self.folder is not None
+        if not self.resume:
+            start_folder(self.folder, self.config)
+        if self.config.channels is not None:
+            shutil.copyfile(self.config.channels, self.folder / CHANNELS)
+        if self.network.plan is not None:
+            write_json(self.folder / "plan.json", self.network.plan)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         try:

@@ -14,8 +14,8 @@ TAKES: dict[str, tuple[str, ...]] = {
     "set": (*_MOVES, "scope", "growth"),
     "rigl": (*_MOVES, "scope", "exact"),
     "srigl": _MOVES,
-    "snfs": (*_MOVES, "capacity"),
-    "dsr": (*_MOVES, "capacity"),
+    "snfs": (*_MOVES, "scope", "capacity"),
+    "dsr": (*_MOVES, "threshold", "capacity"),
     "gradual": (
         "update_every",
         "start_fraction",
