@@ -154,6 +154,9 @@ class Method:
         """
         return False
 
+    def compacted(self, layers: Mapping[str, Layer]) -> None:
+        """Spare slots were given back."""
+
 
 def drop_count(fraction: float, nnz: int) -> int:
     """``ceil(fraction * nnz)``, as in-time over-parameterization counts; rounding noise does not add a block."""
