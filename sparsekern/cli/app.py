@@ -11,6 +11,7 @@ import typer
 
 from sparsekern._version import __version__
 from sparsekern.cli.plan import plan_command
+from sparsekern.cli.prune import prune_command
 from sparsekern.cli.recipes import recipes_command
 from sparsekern.cli.report import report_command
 from sparsekern.cli.train import train_command
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("plan")(plan_command)
+app.command("prune")(prune_command)
 app.command("recipes")(recipes_command)
 app.command("report")(report_command)
 
