@@ -573,6 +573,7 @@ def test_levels_of_the_ladder():
         assert level.remaining(12345) == rest == pruning.remaining(12345, level.number)
         rest -= round(0.2 * rest)
     assert pruning.Level(80, 0.9).remaining(3) == 1
+    assert pruning.remaining(7, 1, 0.5) == 3  # round(3.5) is 4
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"scope": "layer", "per_layer": "erk"}])

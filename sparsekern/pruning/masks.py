@@ -247,6 +247,27 @@ def _quotas(
     return fixed
 
 
+# -- which ---------------------------------------------------------------------------------------------------------
+
+
+def _best(score: Tensor, cost: Tensor, budget: float, generator: torch.Generator, least: int = 0) -> Tensor:
+    """bool [n]: the highest scores whose cost [n] comes nearest to the budget, ``least`` at least."""
+    n = len(score)
+    if n == 0 or bool((cost == cost[0]).all()):
+        # Half a block too much or too little is the same: take less.
+        k = math.ceil(budget / int(cost[0]) - 0.5) if n else 0
+        return _highest(score, min(max(k, least, 0), n), generator)
+    ranked, order = score.sort(descending=True, stable=True)
+    k = max(_nearest(cost[order].cumsum(0), budget), least)
+    if 0 < k < n and bool(ranked[k - 1] == ranked[k]):
+        first, last = int((ranked > ranked[k]).count_nonzero()), int((ranked >= ranked[k]).count_nonzero())
+        order[first:last] = order[first:last][torch.randperm(last - first, generator=generator)]
+        k = max(_nearest(cost[order].cumsum(0), budget), least)
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[order[:k]] = True
+    return kept
+
+
 def _nearest(spent: Tensor, budget: float) -> int:
     """How many of the first to take so that ``spent`` [n], a cumulative sum, comes nearest to the budget."""
     k = int(torch.searchsorted(spent.double(), budget))
@@ -254,21 +275,15 @@ def _nearest(spent: Tensor, budget: float) -> int:
     return k + 1 if k < len(spent) and float(spent[k]) - budget < budget - below else k
 
 
-# -- which ---------------------------------------------------------------------------------------------------------
-
-
-def _best(score: Tensor, cost: Tensor, budget: float, generator: torch.Generator, least: int = 0) -> Tensor:
-    """bool [n]: the highest scores whose cost [n] comes nearest to the budget, ``least`` at least."""
-    ranked, order = score.sort(descending=True, stable=True)
-    spent = cost[order].cumsum(0)
-    k = max(_nearest(spent, budget), least)
-    if 0 < k < len(ranked) and bool(ranked[k - 1] == ranked[k]):
-        first, last = int((ranked > ranked[k]).count_nonzero()), int((ranked >= ranked[k]).count_nonzero())
-        order[first:last] = order[first:last][torch.randperm(last - first, generator=generator)]
-        spent = cost[order].cumsum(0)
-        k = max(_nearest(spent, budget), least)
-    kept = torch.zeros(len(score), dtype=torch.bool)
-    kept[order[:k]] = True
+def _highest(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """bool [n]: the k highest, random ones of those that tie. Selecting takes a tenth of the time of sorting."""
+    if k == 0:
+        return torch.zeros(len(score), dtype=torch.bool)
+    limit = score.kthvalue(len(score) - k + 1).values
+    kept = score > limit
+    tied = (score == limit).nonzero().flatten()
+    missing = k - int(kept.count_nonzero())
+    kept[tied if missing == len(tied) else tied[torch.randperm(len(tied), generator=generator)[:missing]]] = True
     return kept
 
 
@@ -280,7 +295,7 @@ def _globally(
     for name, place in places.items():
         score = scores[name][place]
         least = min(min_blocks, len(place))
-        first = _best(score, torch.ones_like(place), least, layer_generator(seed, f"ties:{name}"))
+        first = _highest(score, least, layer_generator(seed, f"ties:{name}"))
         pooled.append(score.masked_fill(first, torch.inf))
         guarded += least
     costs = torch.cat([cost[name][place] for name, place in places.items()])

@@ -43,6 +43,7 @@ def prune_(
 
     Surviving weights keep their bits; so do biases, and with ``optimizer`` the state of the surviving weights. The
     weights of pruned layers are new Parameters of a smaller shape: hand the optimizer over, or build a new one.
+    Processes that train together must prune alike: give all of them the same batches, then wrap again.
 
     Args:
         model, sparsity ... seed: see :func:`prune_masks`.
