@@ -14,7 +14,7 @@ from sparsekern.ops import sparse_conv2d, sparse_linear
 from sparsekern.plan import LayerPlan, Plan
 from sparsekern.sparsify import densify_, explain, masks, plan, sparsify_
 from sparsekern.state import dense_state_dict, load_dense_state_dict, restore_
-from sparsekern.topology import DSR, SET, SNFS, GradualMagnitude, RigL, Static, TopologyScheduler
+from sparsekern.topology import DSR, SET, SNFS, GradualMagnitude, RigL, SRigL, Static, TopologyScheduler
 from sparsekern.tuning import tune
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "LayerPlan",
     "Plan",
     "RigL",
+    "SRigL",
     "SparseConv2d",
     "SparseLinear",
     "SparsityConfig",

@@ -17,9 +17,10 @@ from sparsekern.topology.scheduler import TopologyScheduler, UpdateRecord
 from sparsekern.topology.set import SET, Static
 from sparsekern.topology.slots import remap_
 from sparsekern.topology.snfs import SNFS
+from sparsekern.topology.srigl import SRigL
 
 METHODS: dict[str, type[Method]] = {
-    "static": Static, "set": SET, "rigl": RigL, "snfs": SNFS, "dsr": DSR, "gradual": GradualMagnitude,
+    "static": Static, "set": SET, "rigl": RigL, "srigl": SRigL, "snfs": SNFS, "dsr": DSR, "gradual": GradualMagnitude,
 }  # fmt: skip
 
 
@@ -36,6 +37,6 @@ def method(name: str, **options: Any) -> Method:
 
 
 __all__ = [
-    "DSR", "METHODS", "SET", "SNFS", "Change", "GradualMagnitude", "Method", "RigL", "Static", "TopologyScheduler",
-    "Update", "UpdateRecord", "follow", "method", "remap_",
+    "DSR", "METHODS", "SET", "SNFS", "Change", "GradualMagnitude", "Method", "RigL", "SRigL", "Static",
+    "TopologyScheduler", "Update", "UpdateRecord", "follow", "method", "remap_",
 ]  # fmt: skip

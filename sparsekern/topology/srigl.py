@@ -1,0 +1,112 @@
+"""SRigL: RigL with a constant fan-in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.layer import Layer
+from sparsekern.topology.method import Change, Update
+from sparsekern.topology.rigl import RigL
+from sparsekern.topology.select import highest, positions, rank_within
+from sparsekern.topology.streams import Stream
+
+
+@dataclass(frozen=True)
+class SRigL(RigL):
+    """Dynamic sparse training with structured sparsity (Lasby et al. 2023, arXiv:2305.02299): constant fan-in.
+
+    Every block row stores equally many blocks, and rows that matter little lose all of theirs. A layer's small blocks
+    are dropped as in RigL. Blocks that stay and the places of the largest gradients, as many as were dropped, are
+    salient. A row with fewer salient blocks than max(1, int(ablation * fan-in)) is ablated: its outputs are its bias,
+    until it has enough salient places again. The other rows share the layer's blocks: they are trimmed to the new
+    fan-in, nnz // rows, smallest blocks first, and grow up to it where their gradient is largest. The remainder goes
+    to the most salient rows, one block each, so the layer's count stays exactly and counts of rows differ by at most
+    one. At least as many rows stay as hold the blocks, and all rows of the last sparse layer.
+
+    Start from ``SparsityConfig(pattern="fan_in")``; other masks get constant fan-in from the first update. Where a row
+    has no place left that was not just dropped, it keeps more of its blocks instead.
+
+    Attributes:
+        ablation: gamma; 0 ablates no row. The paper has 0.3 for convolutional nets, 0.95 for vision transformers.
+    """
+
+    ablation: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.ablation <= 1.0:
+            raise ValueError(f"SRigL: ablation: expected a share within [0, 1], got {self.ablation!r}")
+        if self.scope != "layer":
+            raise ValueError(f"SRigL: scope: expected 'layer' (fan-in is constant within a layer), got {self.scope!r}")
+        if self.min_per_row or self.min_per_col:
+            raise ValueError(
+                "SRigL: min_per_row, min_per_col: expected 0 (rows hold equally many blocks anyway), got "
+                f"{self.min_per_row} and {self.min_per_col}"
+            )
+
+    def changes(self, update: Update) -> dict[str, Change]:
+        last = list(update.layers)[-1]
+        changes = {}
+        for name, layer in update.layers.items():
+            drop, count = self._layer_drops(replace(update, layers={name: layer}))[name]
+            if count:
+                changes[name] = self._rows(update, layer, drop, count, self.ablation if name != last else 0.0)
+        return changes
+
+    def _rows(self, update: Update, layer: Layer, drop: Tensor, count: int, ablation: float) -> Change:
+        """From ``drop`` [capacity], ``count`` of the layer's smallest blocks, to a change of constant fan-in."""
+        grid, used = layer.grid, layer.used()
+        width = grid.blocks // grid.rows
+        row_of_slot, row_of_block = layer.row_of_slot(), layer.row_of_block
+        gradient = update.found[layer.name].masked_fill(layer.stored(), torch.nan)
+        stored, kept = _count(row_of_slot, used, grid.rows), _count(row_of_slot, used & ~drop, grid.rows)
+        candidates = highest(gradient, count, update.stream(layer.name, "ties"))
+        salient = kept + _count(row_of_block, candidates, grid.rows)
+
+        fan_in = max(1, layer.nnz // int((stored > 0).sum()))
+        enough = max(1, int(ablation * fan_in)) if ablation else 0
+        rows = max(int((salient >= enough).sum()), -(-layer.nnz // width))
+        # Fractions below 1 break ties between whole numbers.
+        ranked = salient + update.stream(layer.name, "rows").uniform(grid.rows, layer.device).double() * 0.5
+        active = highest(ranked, rows, update.stream(layer.name, "row ties"))
+
+        share, rest = divmod(layer.nnz, rows)
+        # Rows that hold more than the share already come first: less is trimmed.
+        order = (ranked + (kept > share) * 2.0 * grid.blocks).masked_fill(~active, torch.nan)
+        fan = active * share + highest(order, rest, update.stream(layer.name, "row ties")).long()
+        stay = torch.maximum(torch.minimum(kept, fan), fan - (width - stored))
+
+        rank = rank_within(row_of_slot, _kept_first(layer, self.drop_scores(update, layer), drop), grid.rows)
+        dropped = used & (rank >= stay[row_of_slot])
+        gone = int(dropped.sum())
+        shuffled = _rank_shuffled(row_of_block, gradient, grid.rows, update.stream(layer.name, "grow"))
+        return Change(dropped, positions(shuffled < (fan - stay)[row_of_block], gone), gone, gone)
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        super().check(layers)
+        if empty := [name for name, layer in layers.items() if not layer.nnz]:
+            raise ValueError(f"SRigL: expected stored blocks in every sparse layer, got none in {empty[0]!r}")
+
+
+def _count(key: Tensor, mask: Tensor, keys: int) -> Tensor:
+    """int64 [keys]: how many entries of ``mask`` have each key."""
+    return torch.zeros(keys, dtype=torch.int64, device=key.device).scatter_add_(0, key, mask.long())
+
+
+def _kept_first(layer: Layer, scores: Tensor, drop: Tensor) -> Tensor:
+    """float64 [capacity]: the order of ``scores``, but all kept blocks above all dropped ones; NaN at spare slots."""
+    place = torch.empty_like(layer.row_of_slot())
+    place[torch.argsort(scores, stable=True)] = torch.arange(place.numel(), device=place.device)
+    return (place + place.numel() * ~drop).double().masked_fill(~layer.used(), torch.nan)
+
+
+def _rank_shuffled(key: Tensor, scores: Tensor, keys: int, stream: Stream) -> Tensor:
+    """:func:`rank_within` with ties in random order: where gradients are zero, first columns are no better."""
+    order = torch.argsort(stream.uniform(key.numel(), key.device))
+    rank = torch.empty_like(key)
+    rank[order] = rank_within(key[order], scores[order], keys)
+    return rank
