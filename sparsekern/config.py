@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsekern.layout import as_block
 
-PATTERNS = ("random", "balanced", "butterfly")
+PATTERNS = ("random", "balanced", "butterfly", "fan_in")
 BUDGETS = ("params", "macs")
 BELOW_BREAK_EVEN = ("dense", "masked", "sparse")
 
@@ -27,7 +27,8 @@ class SparsityConfig:
         allocation: a scheme of :func:`sparsekern.allocate`, a scored one (snip, grasp, synflow, lamp, magnitude), or
             {layer name: sparsity}.
         budget: "params", or "macs" (needs an example input).
-        pattern: "random" (exact count), "balanced" (equal per block row and column) or "butterfly".
+        pattern: "random" (exact count), "balanced" (equal per block row and column), "butterfly" or "fan_in" (equal per
+            block row).
         include, exclude: types, name globs, or callables ``(name, module) -> bool``. Types match exactly.
         overrides: {name glob: sparsity}; such layers leave the budget, 0.0 keeps a layer dense.
         seed: of the masks.

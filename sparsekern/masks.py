@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layout import BlockGrid
 
-PATTERNS = ("random", "balanced", "butterfly")
+PATTERNS = ("random", "balanced", "butterfly", "fan_in")
 
 # Rounds of row-pair trades after which a balanced mask counts as mixed. Each row takes part in every round;
 # Strona et al. 2014 find 5 trades per row enough.
@@ -42,6 +42,8 @@ def make_block_masks(
       ``(i, i xor s)`` for strides s = 1, 2, 4, ... while a whole stride fits, then random blocks up to the count. A
       grid that is not a square of a power of two takes the pattern of the next such square, scaled down to it.
       All taps and all groups share the pattern. Of a diagonal that does not fit, a random part is taken.
+    * ``fan_in``: constant fan-in (Lasby et al. 2023): counts of two block rows differ by at most one; uniform over all
+      such masks.
 
     Args:
         grids: ``{name: BlockGrid}``.
@@ -74,6 +76,8 @@ def make_block_masks(
         generator = layer_generator(seed, name)
         if pattern == "balanced":
             masks[name] = _balanced(grid, count, generator)
+        elif pattern == "fan_in":
+            masks[name] = _fan_in(grid, count, generator)
         else:
             if pattern == "butterfly":
                 first = _butterfly(grid, count, generator)
@@ -183,6 +187,12 @@ def _butterfly(grid: BlockGrid, count: int, generator: torch.Generator) -> Tenso
 def _all_taps(plane: Tensor, grid: BlockGrid) -> Tensor:
     rows, cols = plane.shape
     return plane.view(1, rows, 1, cols).expand(grid.shape).clone()
+
+
+def _fan_in(grid: BlockGrid, count: int, generator: torch.Generator) -> Tensor:
+    row_counts = _split(torch.tensor([count]), grid.rows, generator)[0]
+    place = torch.rand(grid.rows, grid.blocks // grid.rows, generator=generator).argsort(1)
+    return (place < row_counts[:, None]).view(grid.shape)
 
 
 def _balanced(grid: BlockGrid, count: int, generator: torch.Generator) -> Tensor:

@@ -113,7 +113,7 @@ class TrainConfig:
     allocation: str = _field("erk", _SPARSE, "How sparsity is spread over layers (erk, uniform, ...).")
     budget: str = _field("params", _SPARSE, "What sparsity counts.", choices=("params", "macs"))
     pattern: str = _field(
-        "random", _SPARSE, "Where the stored blocks lie.", choices=("random", "balanced", "butterfly")
+        "random", _SPARSE, "Where the stored blocks lie.", choices=("random", "balanced", "butterfly", "fan_in")
     )
     exclude: tuple[str, ...] = _field((), _SPARSE, "Globs of layers left dense; repeat or separate by commas.",
                                       metavar="GLOB")  # fmt: skip
