@@ -183,7 +183,7 @@ def test_butterfly_shares_taps_and_groups_and_scales():
 
 def test_errors():
     grid = BlockGrid((64, 64), 16)
-    with pytest.raises(ValueError, match="random, balanced, butterfly, got 'rnd'"):
+    with pytest.raises(ValueError, match="random, balanced, butterfly, fan_in, got 'rnd'"):
         one(grid, 4, "rnd")
     with pytest.raises(ValueError, match=r"1\.\.16 blocks for 'layer', got 17"):
         one(grid, 17)
