@@ -369,7 +369,7 @@ class Planner:
             sparse.masked = layer.state == "masked"
             replace_module(self.model, dense, sparse)
             swapped[weight] = (sparse.values, sparse, matching.is_conv1d(dense))
-        if optimizer is not None:
+        if optimizer is not None and swapped:
             _hand_over(optimizer, swapped)
         ignore_in_ddp(self.model)
 

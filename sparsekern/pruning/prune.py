@@ -128,7 +128,7 @@ def apply_masks_(
     if optimizer is not None:
         for sparse, dense in swapped:
             _back_to_dense(optimizer, sparse, dense)
-    planner.carry_out(result, optimizer if planner.grids else None)
+    planner.carry_out(result, optimizer)
     return result
 
 
