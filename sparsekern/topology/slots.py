@@ -31,7 +31,8 @@ def block_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
     for key, item in optimizer.state.get(parameter, {}).items():
         if not isinstance(item, Tensor) or (item.numel() == 1 and item.dim() <= 1):
             continue
-        if item.dim() == 0 or item.shape[0] != capacity:
+        # A row of one block's shape may be as long as the capacity by chance: so dimensions count too.
+        if item.dim() != parameter.dim() or item.shape[0] != capacity:
             raise TypeError(
                 f"{type(optimizer).__name__}: expected optimizer state with one row per block ({capacity}), got "
                 f"{key!r} of shape {list(item.shape)}, which cannot follow blocks that move; use an elementwise "
