@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sparsekern as sk
 from sparsekern import topology
 from sparsekern.nn import SparseModule
 
-from .topology_reference import Reference
+from .topology_reference import OPTIMIZERS, Reference, batch, block_masks, network
 
 STEPS = 40
 
@@ -22,54 +22,6 @@ STEPS = 40
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the nets are tiny
-
-
-def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """A strided convolution, one with groups, a linear layer, a dense head; no size is a multiple of 8."""
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(5, 14, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(14, 18, 3, padding=1, groups=2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(18, 37),
-        nn.ReLU(),
-        nn.Linear(37, 4),
-    ).to(dtype)
-
-
-def block_masks(net: nn.Module, block: int, density: float = 0.3) -> dict[str, Tensor]:
-    """Masks of whole blocks for all layers but the head."""
-    generator = torch.Generator().manual_seed(5)
-    masks = {}
-    for name in ("0", "2", "6"):
-        layer = net.get_submodule(name)
-        groups = getattr(layer, "groups", 1)
-        out, inp, *taps = layer.weight.shape
-        # Blocks of output channels start anew in every group.
-        rows = [g * 1000 + o // block for g in range(groups) for o in range(out // groups)]
-        columns = [i // block for i in range(inp)]
-        row_ids = torch.tensor([sorted(set(rows)).index(row) for row in rows])
-        drawn = torch.rand(len(set(rows)), len(set(columns)), *taps, generator=generator) < density
-        drawn.view(-1)[0] = True
-        masks[name] = drawn[row_ids][:, torch.tensor(columns)]
-    return masks
-
-
-def batch(step: int, dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, Tensor]:
-    """Random images, and labels that depend on them."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randn(size, 5, 7, 7, generator=generator, dtype=torch.float64)
-    y = (x.mean((1, 2, 3)) * 20).long().remainder(4)
-    return x.to(dtype), y
-
-
-OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05),
-}
 
 
 @dataclass

@@ -376,3 +376,54 @@ def grow(ref: Reference, layer: Layer, dropped: np.ndarray) -> np.ndarray:
             scores[best_of_each(key, scores, missing)] = np.inf
         grown = highest(scores, count, ref.stream(layer.name, "ties"))
     return grown
+
+
+# -- a small problem ---------------------------------------------------------------------------------------------------
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A strided convolution, one with groups, a linear layer, a dense head; no size is a multiple of 8."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(5, 14, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(14, 18, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(18, 37),
+        nn.ReLU(),
+        nn.Linear(37, 4),
+    ).to(dtype)
+
+
+def block_masks(net: nn.Module, block: int, density: float = 0.3, seed: int = 5) -> dict[str, Tensor]:
+    """Masks of whole blocks for all layers but the head, of a count that does not depend on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name in ("0", "2", "6"):
+        layer = net.get_submodule(name)
+        groups = getattr(layer, "groups", 1)
+        out, inp, *taps = layer.weight.shape
+        # Blocks of output channels start anew in every group.
+        rows = [g * 1000 + o // block for g in range(groups) for o in range(out // groups)]
+        columns = [i // block for i in range(inp)]
+        row_ids = torch.tensor([sorted(set(rows)).index(row) for row in rows])
+        scores = torch.rand(len(set(rows)), len(set(columns)), *taps, generator=generator)
+        drawn = scores <= scores.flatten().kthvalue(max(1, round(density * scores.numel()))).values
+        masks[name] = drawn[row_ids][:, torch.tensor(columns)]
+    return masks
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Random images, and labels that depend on them."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(size, 5, 7, 7, generator=generator, dtype=torch.float64)
+    y = (x.mean((1, 2, 3)) * 20).long().remainder(4)
+    return x.to(dtype), y
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.05),
+}
