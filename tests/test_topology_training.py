@@ -38,10 +38,16 @@ METHODS = {
     "set": {},
     "rigl": {"method": "rigl", "optimizer": "adamw"},
     "rigl-exact": {"method": "rigl", "exact": True, "clip_norm": 1.0},
-    # "snfs": {"method": "snfs", "capacity": 2.0},
-    # "dsr": {"method": "dsr", "capacity": 2.0, "optimizer": "adamw"},
-    # The sparsity passes 0.5 before the kill and 0.65 after it: both runs compact twice.
-    # "gradual": {"method": "gradual", "compact_at": (0.5, 0.65), "clip_norm": 1.0, "sparse_lr": True},
+    "snfs": {"method": "snfs", "capacity": 2.0},
+    "dsr": {"method": "dsr", "capacity": 2.0, "threshold": 0.1, "optimizer": "adamw"},
+    # Freed after the updates of step 10, of 25 between checkpoint and kill, and of 35 after the kill.
+    "gradual": {
+        "method": "gradual",
+        "compact_at": (0.5, 0.9, 0.99),
+        "sparse_below": 0.4,
+        "clip_norm": 1.0,
+        "sparse_lr": True,
+    },
 }
 
 
@@ -125,9 +131,13 @@ def test_kill_9_and_resume_is_bit_exact(name: str, killed: Path, tmp_path: Path)
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "update"][-1] == 25
     assert main(["train", "--out", str(folder), "--resume", "--quiet"]) == 0
     assert_ended_alike(tmp_path, folder)
+    # Something was there to go wrong: blocks moved, and were freed on both sides of the kill.
+    updates = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "update"]
+    assert sum(line["dropped"] for line in updates) > 20
+    assert all(line["dropped"] == line["grown"] for line in updates) == (name != "gradual")
 
 
-@pytest.mark.parametrize(("name", "step"), [("set", 20), ("rigl", 24)])
+@pytest.mark.parametrize(("name", "step"), [("set", 20), ("rigl", 24), ("snfs", 25), ("gradual", 10)])
 def test_resume_right_before_and_after_an_update(name: str, step: int, tmp_path: Path) -> None:
     """A checkpoint of a step whose successor updates: what gradient scores need must be asked for again."""
     config = config_of(name, checkpoint_every=0)
@@ -148,6 +158,68 @@ def test_convolutions_masked_layers_and_amp_resume(tmp_path: Path) -> None:
         train(config, tmp_path / "stopped", reporter=At(5, signal.SIGINT))
     train(config, tmp_path / "stopped", resume=True)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+# -- gradual pruning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.4])
+def test_gradual_pruning_goes_from_many_blocks_to_those_of_the_plan(initial: float, tmp_path: Path) -> None:
+    config = config_of("gradual", initial_sparsity=initial, snapshots=(0, 24, 25, 40), start_fraction=0.1)
+    result = train(config, tmp_path)
+    static = dataclasses.replace(
+        config, method="static", compact_at=(), sparse_below=0.0, initial_sparsity=0.0, start_fraction=0.0,
+        update_every=100, stop_fraction=0.75, sparse_lr=False,
+    )  # fmt: skip
+    example = load_task(config).example(torch.device("cpu"))
+    planned, plan = build_network(static, example, 10)
+    final = {layer.name: layer.nnz for layer in plan.layers if layer.state != "dense"}
+    assert len(final) == 2
+    nets = {step: load_model(tmp_path / "snapshots" / f"step-{step:09d}.pt") for step in config.snapshots}
+    layers = {
+        step: {name: m for name, m in net.named_modules() if isinstance(m, sk.SparseLinear)}
+        for step, net in nets.items()
+    }
+    begin = {name: layer.layout.nnz for name, layer in layers[0].items()}
+    if initial:
+        # What the plan of a net of the initial sparsity stores, give or take the rounding of one block.
+        at_start, _ = build_network(dataclasses.replace(static, sparsity=initial), example, 10)
+        stored = {n: m.layout.nnz for n, m in at_start.model.named_modules() if isinstance(m, sk.SparseLinear)}
+        assert all(abs(begin[name] - stored[name]) <= 1 for name in final) and max(begin.values()) < 64
+    else:
+        assert begin == dict.fromkeys(final, 64)
+    for step in (24, 25, 40):
+        # Zhu and Gupta's cubic between step 0.1 * 45 (rounded to 4) and 0.9 * 45 (40), as of the last update.
+        left = (1 - (step // 5 * 5 - 4) / 36) ** 3
+        stored = {name: layer.layout.nnz for name, layer in layers[step].items()}
+        assert stored == {name: final[name] + round((begin[name] - final[name]) * left) for name in final}
+    # Memory goes at the shares of compact_at: all of 90 % lie between steps 20 (83 %) and 25 (92 %).
+    assert all(layer.values.shape[0] > layer.layout.nnz for layer in layers[24].values())
+    assert all(layer.values.shape[0] == layer.layout.nnz for layer in layers[25].values())
+    assert all(layer.masked for layer in layers[0].values()) and not any(m.masked for m in layers[40].values())
+    assert result.params == planned.params and result.macs == planned.macs and result.layers == planned.layers
+    # The rate follows the sparsity of the moment.
+    rates = {
+        line["step"]: line["lr"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "interval"
+    }
+    for step, sparsity_before in ((1, 1 - sum(begin.values()) / 128), (26, 1 - sum(stored_at(layers[25])) / 128)):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / 45))
+        assert rates[step] == pytest.approx(0.1 * cosine * sparse_lr_factor(sparsity_before))
+
+
+def stored_at(layers: dict[str, sk.SparseLinear]) -> list[int]:
+    return [layer.layout.nnz for layer in layers.values()]
+
+
+def test_gradual_pruning_of_a_trained_dense_net(tmp_path: Path) -> None:
+    dense = TrainConfig(model="mlp-64-64", sparsity=0.0, steps=30, threads=1)
+    train(dense, tmp_path / "dense")
+    config = config_of("gradual", init=str(tmp_path / "dense"), snapshots=(0,), sparse_lr=False)
+    result = train(config, tmp_path / "pruned")
+    start = load_model(tmp_path / "pruned" / "snapshots" / "step-000000000.pt")
+    assert_same(sk.dense_state_dict(start), weights(tmp_path / "dense"))
+    assert result.layers["sparse"] == 2 and result.exploration_rate == 1.0
+    assert json.loads((tmp_path / "pruned" / "plan.json").read_text())["totals"]["params"] == result.params
 
 
 # -- what a run tells --------------------------------------------------------------------------------------------------

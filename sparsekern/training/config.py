@@ -153,8 +153,12 @@ class TrainConfig:
     )
     initial_sparsity: float = _field(0.0, _DYNAMIC, "Sparsity that gradual pruning starts from.", low=0.0, below=1.0)
     compact_at: tuple[float, ...] = _field(
-        (), _DYNAMIC, "Sparsities at which gradual pruning frees the memory of what it removed.",
-        low=0.0, high=1.0, metavar="0.5,0.8",
+        (), _DYNAMIC, "Shares of the gradual pruning done, after which the memory of what went is freed.",
+        low=0.0, high=1.0, metavar="0.5,0.9",
+    )  # fmt: skip
+    sparse_below: float = _field(
+        0.0, _DYNAMIC, "Compute densely until memory is freed with a layer's density at most this (gradual); 0: never.",
+        low=0.0, high=1.0,
     )  # fmt: skip
 
     seed: int = _field(0, _RUN, "Seed of weights, masks, data order and label noise.", low=0)

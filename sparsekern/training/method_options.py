@@ -22,7 +22,10 @@ TAKES: dict[str, tuple[str, ...]] = {
         "stop_fraction",
         "initial_sparsity",
         "compact_at",
+        "sparse_below",
         "drop_by",
+        "min_per_row",
+        "min_per_col",
         "scope",
     ),
 }
@@ -71,6 +74,8 @@ def _check_gradual(values: Mapping[str, Any]) -> None:
             f"start_fraction: expected less than stop_fraction ({values['stop_fraction']:g}), got "
             f"{values['start_fraction']:g}"
         )
+    if values["sparse_below"] and not values["compact_at"]:
+        raise ConfigError("sparse_below: takes effect where memory is freed, so it needs compact_at, got none")
     if values["budget"] != "params":
         raise ConfigError("budget: gradual pruning counts params, got macs")
 

@@ -206,7 +206,8 @@ def begin_gradual(
         dense = modules[name]
         layout = BlockLayout.from_block_mask(grids[name], mask)
         sparse = to_sparse(dense, layout.mask(), grids[name].block, rescale=config.rescale)
-        sparse.masked = layers[name].state == "masked"
+        dense_for_now = first[name] > config.sparse_below * grids[name].blocks and config.sparse_below > 0
+        sparse.masked = layers[name].state == "masked" or dense_for_now
         replace_module(model, dense, sparse)
     ignore_in_ddp(model)
 
