@@ -351,10 +351,14 @@ def test_copied_model_trains_on_its_own(name):
 # -- mixed precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "late"), [("set", 0), ("rigl", 1), ("rigl exact", 1)])
-def test_overflow_at_the_update_step(name, late):
+@pytest.mark.parametrize(("name", "late"), [("set", 0), ("set gradient", 0), ("rigl", 1), ("rigl exact", 1)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_at_the_update_step(name, late, fused):
     """The scaler skips the step; methods that look at gradients wait for clean ones, for one step."""
     run = Run(name, dtype=torch.float32)
+    if fused:
+        run.optimizer = torch.optim.AdamW(run.net.parameters(), fused=True)
+        run.topo = sk.TopologyScheduler(run.net, run.optimizer, run.method, 40)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = run.layouts()
     updates = []
@@ -563,6 +567,16 @@ def test_nothing_sparse():
     net = network()
     with pytest.raises(ValueError, match="expected sparse layers with trainable values, got none; call sparsify_"):
         sk.TopologyScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), sk.SET(), 10)
+
+
+def test_diverged_weights_keep_the_counts():
+    """Blocks of NaN are as many as before, though spare slots have no score either."""
+    run = Run(sk.SET(update_every=1)).step()
+    for module in sparse_modules(run.net).values():
+        module.values.data[: module.layout.nnz].fill_(torch.nan)
+    run.step(2)
+    for name, layer in run.topo.layers.items():
+        assert run.net.get_submodule(name).layout.nnz == layer.nnz
 
 
 def test_frozen_layers_stay():

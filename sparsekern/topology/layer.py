@@ -88,7 +88,8 @@ class Layer:
             scores = values.square().mean((1, 2)).sqrt()
         else:
             scores = values.abs().mean((1, 2))
-        return scores.masked_fill(~self.used(), torch.nan)
+        # NaN is for spare slots alone, or one of them would count as dropped in place of a diverged block.
+        return scores.masked_fill(scores.isnan(), torch.inf).masked_fill(~self.used(), torch.nan)
 
     def row_of_slot(self) -> Tensor:
         """int64 [capacity]: block row over all groups; of spare slots 0."""

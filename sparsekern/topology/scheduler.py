@@ -132,8 +132,10 @@ class TopologyScheduler:
         """
         self._callbacks.append(callback)
 
-    def _note_step(self, *_: Any) -> None:
-        self._stepped = True
+    def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # Fused optimizers are called after an overflow too and skip the step themselves (one host sync to know).
+        overflow = getattr(optimizer, "found_inf", None)
+        self._stepped |= overflow is None or not bool(overflow)
 
     def _update(self) -> bool:
         """Make an update; False if it has to wait for a step with usable gradients."""
