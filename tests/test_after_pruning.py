@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
+import os
+import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.cli import main
 from sparsekern.nn import SparseModule
-from sparsekern.pruning.rewinding import redense_, reinitialize_, rewind_
-from sparsekern.training import ConfigError, TrainConfig, budgets, schedule
+from sparsekern.pruning import prune_masks, redense_, reinitialize_, rewind_
+from sparsekern.training import (
+    ConfigError,
+    Interrupted,
+    TrainConfig,
+    budgets,
+    load_model,
+    read_result,
+    schedule,
+    train,
+)
+from sparsekern.training.after_pruning import after
+from sparsekern.training.network import build_dense
+from sparsekern.training.progress import Reporter
+from sparsekern.training.prune_settings import STRATEGIES, PruneSettings
+from sparsekern.training.task import load_task
+from sparsekern.training.weights import load_net
 
 
 def net() -> nn.Sequential:
@@ -332,3 +354,350 @@ def test_ends_of_schedules_that_cannot_be_replayed() -> None:
         budgets.last_epochs(CIFAR, 157, 10)
     with pytest.raises(ConfigError, match="expected 1 to 160 epochs"):
         budgets.last_epochs(CIFAR, 161, 10)
+
+
+# -- a run, pruned and trained on --------------------------------------------------------------------------------------
+
+EPOCHS, BATCHES = 3, 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run with snapshots of its first steps."""
+    folder = tmp_path_factory.mktemp("run") / "big"
+    train(
+        TrainConfig(
+            model="mlp-40-36",
+            sparsity=0,
+            epochs=EPOCHS,
+            subset=50 * BATCHES,
+            test_subset=100,
+            batch_size=50,
+            lr=0.05,
+            threads=1,
+            snapshots=(0, 4),
+            checkpoint_minutes=0,
+        ),
+        folder,
+    )
+    return folder
+
+
+def prune(*arguments: object) -> int:
+    return main(["prune", *map(str, arguments), "--no-progress"])
+
+
+def dense_weights(net: Path) -> dict[str, torch.Tensor]:
+    return sk.dense_state_dict(load_model(net))
+
+
+def under(masks: dict[str, torch.Tensor], net: Path) -> dict[str, torch.Tensor]:
+    return expected(dense_weights(net), masks)
+
+
+START = {
+    "none": "trained",
+    "finetune": "trained",
+    "lottery": "snapshot",
+    "lr-rewind": "trained",
+    "reinit": "fresh",
+    "scratch-e": "fresh",
+    "scratch-b": "fresh",
+    "redense": "trained",
+}
+
+
+def test_every_strategy_is_tested() -> None:
+    assert set(START) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("then", START)
+def test_strategies(then: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    extra = {
+        "lottery": ["--rewind-step", 4],
+        "finetune": ["--epochs", 2, "--lr", 0.02],
+        "redense": ["--epochs", 2],
+        "lr-rewind": ["--epochs", 2],
+        "scratch-b": ["--cap", 2],
+    }.get(then, [])
+    assert prune(run, "--sparsity", 0.75, "--then", then, "--out", out, *extra) == 0
+    shown = capsys.readouterr().out
+    assert f"prune by magnitude over all layers to 75 %, single weights, or the blocks stored; then {then}" in shown
+
+    start = load_model(out / "level-01.pt")
+    masks = sk.masks(start)
+    assert sorted(masks) == ["layers.0", "layers.2"]  # the classifier stays dense
+    kept, weights = sum(int(m.sum()) for m in masks.values()), 64 * 40 + 40 * 36
+    assert kept == weights // 4
+    magnitudes = torch.cat([dense_weights(run)[f"{name}.weight"].abs()[mask] for name, mask in masks.items()])
+    dropped = torch.cat([dense_weights(run)[f"{name}.weight"].abs()[~mask] for name, mask in masks.items()])
+    assert magnitudes.min() > dropped.max()
+
+    weights_of = {"trained": run, "snapshot": run / "snapshots" / "step-000000004.pt"}
+    if START[then] == "fresh":
+        config = dataclasses.replace(load_net(run).config, seed=1)
+        fresh = build_dense(config, (1, 8, 8), 10).state_dict()
+        assert_same(sk.dense_state_dict(start), expected(fresh, masks))
+    else:
+        assert_same(sk.dense_state_dict(start), under(masks, weights_of[START[then]]))
+
+    ladder = json.loads((out / "ladder.json").read_text())
+    zero, row = ladder["levels"][:2]
+    assert (zero["level"], zero["params"], zero["test_acc"]) == (0, 4446, read_result(run).test_acc)  # type: ignore[union-attr]
+    assert row["sparsity"] == 0.75 and row["params"] == kept + 360 + 86 and row["macs"] == kept + 360
+    assert f"{100 * row['test_acc']:.2f}" in shown and (out / "table.md").read_text().count("\n| ") >= 2
+    if then == "none":
+        assert not (out / "level-01").exists() and row["test_acc"] == row["pruned_acc"]
+        return
+    assert (row["pruned_acc"] is not None) == (START[then] == "trained")
+
+    trained = load_model(out / "level-01")
+    result = read_result(out / "level-01")
+    assert result is not None and result.test_acc == row["test_acc"] and result.config.method == "static"
+    assert all(torch.equal(mask, masks[name]) for name, mask in sk.masks(trained).items())
+    assert not torch.equal(trained.get_submodule("layers.0").values, start.get_submodule("layers.0").values)
+    epochs = {"finetune": 2, "redense": 2, "lr-rewind": 2, "scratch-b": 2 * EPOCHS}.get(then, EPOCHS)
+    assert result.epochs == epochs and result.config.schedule == (
+        "constant" if then in ("finetune", "redense") else "step"
+    )
+    if then == "lr-rewind":
+        # The last 12 of 18 steps: the drops at 9 and 14 (13.5 rounded) are at 3 and 8 now.
+        assert result.config.milestones == (3 / 12, 8 / 12)
+    if then == "redense":
+        again = load_model(out / "level-01-dense")
+        assert not sk.masks(again)
+        assert_same(load_model(out / "level-01-dense.pt").state_dict(), sk.dense_state_dict(trained))
+        came_back = again.get_submodule("layers.0").weight[~masks["layers.0"]]
+        assert (came_back != 0).float().mean() > 0.5  # pixels that are always 0 teach nothing
+        assert ladder["levels"][2]["phase"] == "dense" and ladder["levels"][2]["params"] == 4446
+
+
+def test_fresh_weights_can_be_rescaled(run: Path, tmp_path: Path) -> None:
+    after(run, "reinit", out=tmp_path, sparsity=0.75, rescale=True, epochs=1)
+    fresh = build_dense(dataclasses.replace(load_net(run).config, seed=1), (1, 8, 8), 10).state_dict()
+    start = dense_weights(tmp_path / "level-01.pt")
+    for name, mask in sk.masks(load_model(tmp_path / "level-01.pt")).items():
+        wanted = torch.where(mask, fresh[f"{name}.weight"] / mask.float().mean().sqrt(), torch.zeros(()))
+        torch.testing.assert_close(start[f"{name}.weight"], wanted)
+
+
+def test_scratch_b_counts_the_macs_that_the_stored_blocks_cost(run: Path, tmp_path: Path) -> None:
+    """Blocks of 16 do not divide 40 x 64 and 36 x 40: kept weights and multiplied weights come from the blocks."""
+    after(run, "scratch-b", out=tmp_path, scope="layer", sparsity=0.6, block="16")
+    masks = sk.masks(load_model(tmp_path / "level-01.pt"))
+    small = 360 + sum(int(masks[name].sum()) for name in ("layers.0", "layers.2"))
+    large = 360 + 64 * 40 + 40 * 36
+    result = read_result(tmp_path / "level-01")
+    assert result is not None and result.epochs == math.floor(EPOCHS * large / small + 0.5)
+    assert result.epochs > EPOCHS and result.macs == small
+    for mask in masks.values():
+        whole = nn.functional.pad(mask, (0, -mask.shape[1] % 16, 0, -mask.shape[0] % 16)).unfold(0, 16, 16)
+        counts = whole.unfold(1, 16, 16).sum((2, 3))
+        inside = nn.functional.pad(torch.ones_like(mask), (0, -mask.shape[1] % 16, 0, -mask.shape[0] % 16))
+        full = inside.unfold(0, 16, 16).unfold(1, 16, 16).sum((2, 3))
+        assert bool(((counts == 0) | (counts == full)).all())
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "grasp", "synflow", "random"])
+def test_criteria_reach_the_library_with_what_they_need(criterion: str, run: Path, tmp_path: Path) -> None:
+    after(
+        run, "none", out=tmp_path, criterion=criterion, sparsity=0.5, allocation="erk", layers=("*",), score_batches=2
+    )
+    found = sk.masks(load_model(tmp_path / "level-01.pt"))
+    task = load_task(load_net(run).config)
+    wanted = prune_masks(
+        load_model(run),
+        0.5,
+        criterion,
+        scope="layer",
+        per_layer="erk",
+        names=["layers.0", "layers.2", "head"],
+        batches=task.scoring_batches(torch.device("cpu"), 2),
+        example_input=task.example(torch.device("cpu")),
+        seed=1,
+    )
+    partly = {name: mask for name, mask in wanted.items() if not bool(mask.all())}
+    assert sorted(found) == sorted(partly) and all(torch.equal(found[name], partly[name]) for name in found)
+
+
+def test_a_pruned_net_can_be_pruned_further(run: Path, tmp_path: Path) -> None:
+    after(run, "finetune", out=tmp_path / "a", sparsity=0.5, block="4", epochs=1)
+    pruning = after(tmp_path / "a" / "level-01", "none", out=tmp_path / "b", sparsity=0.75)
+    first = sk.masks(load_model(tmp_path / "a" / "level-01"))
+    second = load_model(tmp_path / "b" / "level-01.pt")
+    for name, mask in sk.masks(second).items():
+        assert bool((mask <= first[name]).all())
+        assert second.get_submodule(name).block == (4, 4)
+    assert [row.sparsity for row in pruning.rows] == pytest.approx([0.5, 0.75], abs=0.01)
+
+
+# -- ladders -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ladder_removes_the_same_fraction_of_the_rest(run: Path, tmp_path: Path) -> None:
+    pruning = after(run, "lottery", out=tmp_path, levels=3, rewind_step=0, epochs=1, layers="*")
+    weights = 64 * 40 + 40 * 36 + 360
+    left, kept = [weights], weights
+    for _ in range(3):
+        kept -= round(0.2 * kept)
+        left.append(kept)
+    assert [row.sparsity for row in pruning.rows] == pytest.approx([1 - n / weights for n in left])
+    assert [row.target for row in pruning.rows[1:]] == pytest.approx([0.2, 0.36, 0.488])
+    first = dense_weights(run / "snapshots" / "step-000000000.pt")
+    layers = ("layers.0", "layers.2", "head")
+    above = {name: torch.ones_like(first[f"{name}.weight"], dtype=torch.bool) for name in layers}
+    before = run
+    for level in (1, 2, 3):
+        net = tmp_path / f"level-{level:02d}.pt"
+        masks = sk.masks(load_model(net))
+        # Pruned by the weights that the level before has trained, rewound to those of the run's first step.
+        scores = {name: dense_weights(before)[f"{name}.weight"].abs() for name in masks}
+        gone = torch.cat([scores[name][above[name] & ~masks[name]] for name in masks])
+        assert all(bool((masks[name] <= above[name]).all()) for name in masks)
+        assert gone.max() < min(scores[name][masks[name]].min() for name in masks)
+        assert_same(dense_weights(net), expected(first, masks))
+        above, before = masks, net.with_suffix("")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+        ["| 0", "0.00"],
+        ["| 1", "20.00"],
+        *[[f"| {level}", f"{100 * (1 - left[level] / weights):.2f}"] for level in (2, 3)],
+    ]
+
+
+def test_levels_in_one_shot_come_from_the_run_itself(run: Path, tmp_path: Path) -> None:
+    after(run, "finetune", out=tmp_path, levels=2, fraction=0.5, one_shot=True, epochs=1)
+    masks = sk.masks(load_model(tmp_path / "level-02.pt"))
+    assert_same(dense_weights(tmp_path / "level-02.pt"), under(masks, run))
+    assert sum(int(mask.sum()) for mask in masks.values()) == 1000
+
+
+class KillAt(Reporter):
+    """Sends SIGTERM to this process when a line of progress begins with ``text``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def line(self, text: str) -> None:
+        if text.startswith(self.text):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_killed_ladder_continues_where_it_was(run: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"levels": 3, "rewind_step": 4, "fraction": 0.4}
+    whole = after(run, "lottery", out=tmp_path / "whole", **options)
+    with pytest.raises(
+        Interrupted, match=r"level-02: .*; continue with: sparsekern prune .* --out .* --resume"
+    ) as stop:
+        after(run, "lottery", out=tmp_path / "cut", reporter=KillAt("level-02: epoch 1"), **options)
+    assert stop.value.signal_number == signal.SIGTERM
+    assert not (tmp_path / "cut" / "level-03.pt").exists()
+    finished = (tmp_path / "cut" / "level-01" / "model.pt").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="already holds a pruning; continue it with --resume"):
+        after(run, "lottery", out=tmp_path / "cut", **options)
+    with pytest.raises(ConfigError, match=r"other options: fraction \(saved 0.4, now 0.2\); drop these"):
+        after(run, "lottery", out=tmp_path / "cut", resume=True, levels=3, rewind_step=4)
+    cut = after(run, "lottery", out=tmp_path / "cut", resume=True, **options)
+    assert (tmp_path / "cut" / "level-01" / "model.pt").stat().st_mtime_ns == finished
+    second = read_result(tmp_path / "cut" / "level-02")
+    assert second is not None and second.resumed_from is not None and second.resumed_from > 0
+    assert_same(load_model(cut.rows[-1].net).state_dict(), load_model(whole.rows[-1].net).state_dict())
+    assert [row.test_acc for row in cut.rows] == [row.test_acc for row in whole.rows]
+    # A level more, by the command line, where the options come from the folder.
+    assert prune(run, "--out", tmp_path / "cut", "--resume", "--levels", 4, "-q") == 0
+    longer = json.loads((tmp_path / "cut" / "ladder.json").read_text())["levels"]
+    assert [row["level"] for row in longer] == [0, 1, 2, 3, 4]
+    assert longer[:4] == [row.to_dict() for row in cut.rows]
+
+
+def test_a_ladder_killed_while_it_prunes_prunes_again(run: Path, tmp_path: Path) -> None:
+    whole = after(run, "reinit", out=tmp_path, levels=2, epochs=1)
+    state = load_model(whole.rows[2].net).state_dict()
+    # As a kill leaves it between the network and its record.
+    shutil.rmtree(tmp_path / "level-02")
+    (tmp_path / "level-02.json").unlink()
+    (tmp_path / "level-02.pt").write_bytes(b"half")
+    again = after(run, "reinit", out=tmp_path, levels=2, epochs=1, resume=True)
+    assert_same(load_model(again.rows[2].net).state_dict(), state)
+
+
+def test_overwriting_removes_what_a_pruning_wrote_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    after(run, "none", out=tmp_path, levels=3)
+    (tmp_path / "notes.txt").write_text("mine")
+    after(run, "none", out=tmp_path, levels=1, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "ladder.json", "ladder.png", "level-01.json", "level-01.pt", "notes.txt", "prune.json", "table.md",
+    ]  # fmt: skip
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"then": "fine-tune"}, "then: expected one of .*; did you mean finetune"),
+        ({"criterion": "magnitud"}, "did you mean magnitude"),
+        ({"scope": "model"}, "scope: expected one of global, layer"),
+        ({"scope": "global", "allocation": "erk"}, "goes with scope layer; got global"),
+        ({"allocation": "erkk"}, "did you mean erk"),
+        ({"block": "auto"}, "expected B or BOxBI, got auto"),
+        ({"block": "300"}, "block: expected sizes within 1..128"),
+        ({"sparsity": 1.0}, r"sparsity: expected a fraction within \(0, 1\), got 1"),
+        ({"sparsity": 0.5, "levels": 3}, "a ladder goes to 0.488 by itself, so expected no sparsity, got 0.5"),
+        ({"levels": -1}, "levels: expected 1 and more levels"),
+        ({"levels": 2, "fraction": 1.0}, "fraction: expected a fraction within"),
+        ({"one_shot": True}, "one_shot: goes with levels"),
+        ({"then": "lottery"}, "rewind_step: lottery needs the step to rewind to"),
+        ({"then": "reinit", "rewind_step": 3}, "rewind_step: reinit takes none; it goes with lottery"),
+        ({"then": "scratch-e", "cap": 2.0}, "cap: scratch-e takes none; it goes with scratch-b"),
+        ({"then": "scratch-b", "cap": 0.5}, "cap: expected 1 and more, got 0.5"),
+        ({"then": "finetune", "rescale": True}, "rescale: finetune takes none"),
+        ({"then": "none", "epochs": 3}, "epochs: none takes none"),
+        ({"then": "lr-rewind", "lr": 0.1}, "lr: lr-rewind takes none"),
+        ({"epochs": 0}, "epochs: expected 1 and more, got 0"),
+        ({"lr": -1.0}, "lr: expected a learning rate above 0"),
+        ({"below_break_even": "dense"}, "below_break_even: expected one of masked, sparse"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        PruneSettings(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_round_trip() -> None:
+    settings = PruneSettings(layers="a.*, b", block="8x4", levels=5, then="lottery", rewind_step=3)  # type: ignore[arg-type]
+    assert settings.layers == ("a.*", "b") and settings.block_value == (8, 4)
+    assert PruneSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    with pytest.raises(ConfigError, match=r"prune.json: key: .*'levls'.*did you mean levels"):
+        PruneSettings.from_dict({"levls": 3}, source="prune.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--then", "lottery", "--rewind-step", 5], "has no snapshot of step 5 (it kept steps 0, 4); train it with"),
+        (["--layers", "conv*"], "layers: expected globs of layers, got conv*; the model has ['layers.0',"),
+        (["--then", "lr-rewind", "--epochs", 9], "lr-rewind: expected 1 to 3 epochs of the schedule, got 9"),
+        (["--then", "scratch-b", "--below-break-even", "masked"], "count the network after it was pruned"),
+        (["--resume"], "holds no pruning (prune.json is missing)"),
+        (["--device", "tpu"], "device: expected auto, cpu or cuda[:N], got 'tpu'"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(
+    arguments: list[object], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune(run, "--out", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_folder_is_no_place_for_a_pruning(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prune(run, "--out", run) == 2
+    assert "holds a training run; choose another folder" in capsys.readouterr().err
+    assert prune(tmp_path / "absent") == 2
+    assert f"{tmp_path / 'absent'} does not exist" in capsys.readouterr().err

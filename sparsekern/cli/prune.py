@@ -155,9 +155,8 @@ def prune_command(
     if resume:
         if out is None:
             raise ConfigError("resume: needs the folder of the pruning (--out)")
-        saved, _, saved_options = read_settings(out)
+        saved, _, _ = read_settings(out)
         options = {**saved.to_dict(), **options}
-        run_options = {**saved_options, **run_options}
     settings = PruneSettings.from_dict(options)
     folder = out if out is not None else _default_folder(run, settings)
     terminal = TerminalReporter(bar=progress and not quiet)

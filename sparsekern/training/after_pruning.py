@@ -72,7 +72,7 @@ def after(
             more ``levels`` make the ladder longer.
         overwrite: replace an earlier pruning in ``out``.
         run_options: ``data_dir``, ``device``, ``threads``, ``checkpoint_every`` or ``checkpoint_minutes`` in place of
-            the run's own.
+            the run's own; a resumed pruning takes those it was started with.
         options: fields of :class:`sparsekern.training.prune_settings.PruneSettings`.
 
     Raises:
@@ -186,7 +186,8 @@ class _Ladder:
         if (folder / "config.yaml").exists():
             raise ConfigError(f"out: {folder} holds a training run; choose another folder")
         if resume:
-            saved, run, _ = read_settings(folder)
+            saved, run, options = read_settings(folder)
+            self.options = {**options, **self.options}
             if Path(run).resolve() != self.run.resolve():
                 raise ConfigError(f"resume: {folder} prunes {run}, got {self.run}; name that run, or another --out")
             names = saved.differences(self.settings)

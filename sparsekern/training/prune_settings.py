@@ -114,7 +114,7 @@ class PruneSettings:
             raise ConfigError(f"fraction: expected a fraction within (0, 1), got {self.fraction:g}")
         if self.levels and self.sparsity is not None:
             raise ConfigError(
-                f"levels: a ladder goes to {self.at(self.levels):.4g} by itself, so expected no sparsity, got "
+                f"levels: a ladder goes to {self._of_ladder(self.levels):.4g} by itself, so expected no sparsity, got "
                 f"{self.sparsity:g}; give one of the two"
             )
         if self.sparsity is None and not self.levels:
@@ -155,7 +155,10 @@ class PruneSettings:
 
     def at(self, level: int) -> float:
         """Sparsity of a level, 1 and up: ``1 - (1 - fraction)^level`` in a ladder."""
-        return float(self.sparsity) if self.sparsity is not None else 1.0 - (1.0 - self.fraction) ** level
+        return float(self.sparsity) if self.sparsity is not None else self._of_ladder(level)
+
+    def _of_ladder(self, level: int) -> float:
+        return 1.0 - (1.0 - self.fraction) ** level
 
     def describe(self) -> str:
         """What happens, in one line."""
