@@ -83,7 +83,8 @@ def run_workers(out: Path, workers: int) -> int:
         The exit status of the first worker that did not end with 0, or 0.
     """
     command = [sys.executable, "-m", "sparsekern", "study", "dst", "--out", str(out), "--no-outputs"]
-    processes = [subprocess.Popen(command) for _ in range(workers)]
+    # Out of reach of the terminal's Ctrl-C: a worker that gets two signals stops without a checkpoint.
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(workers)]
     stopped_by: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -92,7 +93,8 @@ def run_workers(out: Path, workers: int) -> int:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in signals}
     try:
         statuses = [process.wait() for process in processes]
     finally:

@@ -116,35 +116,37 @@ def _cell(folder: StudyFolder, cell: Cell) -> CellResult:
     run = folder.run(cell)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     values = {name: result.get(name) for name in _TAKEN}
-    sparse = cell.method not in BASELINES
-    lines = read_metrics(run / "metrics.jsonl") if sparse else []
-    return CellResult(
-        cell, state, "", values, _mean_density(folder, cell, lines, result["steps"]) if sparse else None,
-        _explored(lines, result) if sparse else [],
-    )  # fmt: skip
+    if cell.method in BASELINES:
+        return CellResult(cell, state, "", values, None, [])
+    lines = read_metrics(run / "metrics.jsonl")
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    densities = _densities(plan, lines)
+    steps = int(result["steps"])
+    ends = [*(step for step, _ in densities[1:]), steps]
+    total = sum(density * (end - step) for (step, density), end in zip(densities, ends, strict=True))
+    return CellResult(cell, state, "", values, total / steps, _explored(lines, result, densities[0][1]))
 
 
-def _mean_density(folder: StudyFolder, cell: Cell, lines: Sequence[Mapping[str, Any]], steps: int) -> float:
-    """Mean over the steps: of gradual pruning more than at the end, of methods that keep their blocks the same.
+def _densities(plan: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """``(step, density from then on)`` by blocks; only of gradual pruning does it change.
 
     The plan holds the counts at the end; going back through the updates gives those before.
     """
-    plan = json.loads((folder.run(cell) / "plan.json").read_text(encoding="utf-8"))
     sparse = [layer for layer in plan["layers"] if layer["state"] != "dense"]
     stored, blocks = sum(layer["nnz"] for layer in sparse), sum(layer["blocks"] for layer in sparse)
-    total, until = 0.0, steps
+    densities = []
     for update in sorted((line for line in lines if line["kind"] == "update"), key=lambda line: -line["step"]):
-        total += stored * (until - update["step"])
-        stored, until = stored + update["dropped"] - update["grown"], update["step"]
-    return float((total + stored * until) / (steps * blocks))
+        densities.append((update["step"], stored / blocks))
+        stored += update["dropped"] - update["grown"]
+    return [*reversed([*densities, (0, stored / blocks)])]
 
 
-def _explored(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> list[tuple[int, float]]:
+def _explored(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any], start: float) -> list[tuple[int, float]]:
     points = [(line["step"], line["exploration_rate"]) for line in lines if line.get("exploration_rate") is not None]
+    if points:
+        return [(0, min(start, points[0][1])), *points]
     rate = result.get("exploration_rate")
-    if points or rate is None:
-        return points
-    return [(0, rate), (result["steps"], rate)]
+    return [] if rate is None else [(0, rate), (result["steps"], rate)]
 
 
 def _row(group: Sequence[CellResult]) -> Row:
