@@ -14,6 +14,8 @@ from sparsekern.cli.plan import plan_command
 from sparsekern.cli.prune import prune_command
 from sparsekern.cli.recipes import recipes_command
 from sparsekern.cli.report import report_command
+from sparsekern.cli.slim import slim_command
+from sparsekern.cli.study import study_app
 from sparsekern.cli.train import train_command
 from sparsekern.training.errors import Interrupted, TrainingError
 
@@ -30,7 +32,9 @@ app.command("train")(train_command)
 app.command("plan")(plan_command)
 app.command("prune")(prune_command)
 app.command("recipes")(recipes_command)
+app.command("slim")(slim_command)
 app.command("report")(report_command)
+app.add_typer(study_app, name="study")
 
 
 @app.command("doctor")
