@@ -59,6 +59,16 @@ def torch_pruning() -> Any:
     return torch_pruning
 
 
+def check_dense(model: nn.Module) -> None:
+    """``ValueError`` names a layer that is sparse, and says what to do."""
+    for name, module in model.named_modules():
+        if any(cls.__name__ in SPARSE for cls in type(module).__mro__):
+            raise ValueError(
+                f"structured pruning: expected a dense model, {name} is a {type(module).__name__}; prune channels "
+                "first and call sparsify_ afterwards, or densify_ the model"
+            )
+
+
 class ChannelGraph:
     """Groups of channels of a dense model, and what was removed from them so far.
 
@@ -72,12 +82,7 @@ class ChannelGraph:
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor | Sequence[Any]) -> None:
-        for name, module in model.named_modules():
-            if any(cls.__name__ in SPARSE for cls in type(module).__mro__):
-                raise ValueError(
-                    f"structured pruning: expected a dense model, {name} is a {type(module).__name__}; prune channels "
-                    "first and call sparsify_ afterwards, or densify_ the model"
-                )
+        check_dense(model)
         self.model = model
         self.channels = Channels()
         inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)

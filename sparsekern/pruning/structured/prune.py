@@ -17,7 +17,7 @@ from sparsekern.pruning.structured.blocks import drop_block_
 from sparsekern.pruning.structured.channels import Channels
 from sparsekern.pruning.structured.counts import Ratios, check_ratio, kept_count, kept_count_soft, layer_ratios
 from sparsekern.pruning.structured.filters import group_scores, largest
-from sparsekern.pruning.structured.graph import ChannelGraph, Group
+from sparsekern.pruning.structured.graph import ChannelGraph, Group, check_dense
 from sparsekern.pruning.structured.report import Report, make_report, size
 from sparsekern.pruning.structured.slimming import global_threshold, scales
 from sparsekern.pruning.structured.targets import TARGETS, Target
@@ -98,6 +98,7 @@ def prune_(
     if method in DATA and not images:
         raise ValueError(f"batches: {method} looks at data; pass a few batches of training images")
     options = Options(images, per_image, samples, rescale, seed)
+    check_dense(model)
     before = size(model, example_input)
     if method == "sss":
         channels = _prune_blocks_(model, wanted, ratios)

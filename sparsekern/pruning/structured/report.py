@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsekern.models import count_macs, count_params
 from sparsekern.models.count import Example
-from sparsekern.pruning.structured.channels import OUT, Channels, axis_size
+from sparsekern.pruning.structured.channels import Channels
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def size(model: nn.Module, example_input: Example) -> Size:
     """Measure ``model`` on one sample of ``example_input``."""
     macs = count_macs(model, example_input)
     modules = dict(model.named_modules())
-    return Size({name: axis_size(modules[name], OUT) for name in macs}, macs, count_params(model))
+    return Size({name: modules[name].weight.shape[0] for name in macs}, macs, count_params(model))
 
 
 def make_report(method: str, target: str | None, before: Size, after: Size, channels: Channels) -> Report:
