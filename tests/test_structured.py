@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 import sparsekern as sk
 from sparsekern import models
-from sparsekern.cli import main
+from sparsekern.cli import main, recipes
 from sparsekern.pruning import structured
 from sparsekern.pruning.structured import calibration, counts, filters, regression, slimming, sss, thinet
 from sparsekern.training import TrainConfig, load_model, read_result
@@ -724,3 +725,12 @@ def _run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_once(_run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(_run_folder)
     return _run_folder / "run"
+
+
+@pytest.mark.parametrize("name", ["rethinking-vgg16", "rethinking-resnet56", "rethinking-imagenet"])
+def test_recipes_train_the_large_network_of_their_targets(name: str) -> None:
+    recipe = recipes.load(name)
+    config = TrainConfig(**recipe.config)
+    assert config.sparsity == 0 and (config.batch_size, config.weight_decay) in ((64, 1e-4), (256, 1e-4))
+    target = re.search(r"--target (\S+)", recipe.about)
+    assert target is not None and structured.TARGETS[target[1]].model == config.model
