@@ -36,8 +36,10 @@ class Case:
     density: float = 0.3
 
     def __str__(self) -> str:
-        options = ",".join(f"{key}={value}" for key, value in self.options.items() if key != "update_every")
+        short = {key: value for key, value in self.options.items() if key not in ("update_every", "targets")}
+        options = ",".join(f"{key}={value}" for key, value in short.items())
         extra = "" if self.micro == 1 else f"-micro{self.micro}"
+        extra += "" if self.capacity == 1.0 else f"-capacity{self.capacity}"
         extra += "" if self.dtype == torch.float64 else "-float32"
         return f"{self.method}-{options or 'default'}-{self.block}-{self.optimizer}{extra}"
 
@@ -122,35 +124,59 @@ class Pair:
 
 EVERY = {"update_every": 4}  # stops at 3/4 of 40 steps: 4, 8, ..., 28
 UPDATES = 7
+FINAL = {1: {"0": 60, "2": 90, "6": 40}, 4: {"0": 12, "2": 16, "6": 8}, 8: {"0": 4, "2": 5, "6": 3}}
+GRADUAL = {"update_every": 4, "targets": FINAL[8]}
+ROOM = {"capacity": 1.6}
 CASES = [
     Case("static", {}, 8),
     Case("static", {}, 1, "adamw"),
     Case("set", EVERY, 8),
-    Case("set", EVERY, 1, "adamw"),
+    Case("set", EVERY, 1, "adamw", capacity=1.5),
     Case("set", EVERY, 4, "adamw", dtype=torch.float32),
     Case("set", EVERY | {"growth": "unexplored"}, 8, "adamw"),
     Case("set", EVERY | {"growth": "unexplored"}, 1, density=0.6),
-    Case("set", EVERY | {"scope": "global"}, 8),
+    Case("set", EVERY | {"scope": "global"}, 8, capacity=1.5),
     Case("set", EVERY | {"scope": "global"}, 1, "adamw"),
     Case("set", EVERY | {"drop_by": "l2"}, 8, "adamw"),
     Case("set", EVERY | {"drop_by": "linf", "drop_schedule": "linear"}, 8),
     Case("set", EVERY | {"drop_by": "gradient"}, 8),
     Case("set", EVERY | {"drop_by": "gradient"}, 1, "adamw", micro=2),
-    Case("set", EVERY | {"drop_by": "random", "drop_schedule": "constant"}, 8),
+    Case("set", EVERY | {"drop_by": "random", "drop_schedule": "constant"}, 8, capacity=1.5),
     Case("set", EVERY | {"drop_by": "signed"}, 1),
     Case("set", EVERY | {"min_per_row": 2, "min_per_col": 1}, 8),
     Case("set", EVERY | {"min_per_row": 3, "min_per_col": 3}, 1, "adamw"),
     Case("rigl", EVERY, 8),
     Case("rigl", EVERY, 8, "adamw", micro=2),
-    Case("rigl", EVERY, 1),
+    Case("rigl", EVERY, 1, capacity=1.5),
     Case("rigl", EVERY, 4, dtype=torch.float32),
     Case("rigl", EVERY | {"exact": True}, 8, micro=2),
     Case("rigl", EVERY | {"exact": True}, 1, "adamw"),
     Case("rigl", EVERY | {"scope": "global", "drop_by": "gradient"}, 8, "adamw"),
     Case("rigl", EVERY | {"min_per_row": 1, "min_per_col": 2}, 8),
+    Case("snfs", EVERY, 8, **ROOM),
+    Case("snfs", EVERY, 1, "adamw", micro=2, **ROOM),
+    Case("snfs", EVERY | {"scope": "global", "momentum": 0.5}, 8, "adamw", **ROOM),
+    Case("snfs", EVERY | {"drop_fraction": 0.5}, 4, density=0.83, **ROOM),
+    Case("snfs", EVERY, 4, dtype=torch.float32, **ROOM),
+    Case("dsr", EVERY | {"threshold": 0.03}, 8, **ROOM),
+    Case("dsr", EVERY | {"threshold": 0.02}, 1, "adamw", **ROOM),
+    Case("dsr", EVERY | {"threshold": 1e3, "drop_by": "l2"}, 8, "adamw", **ROOM),
+    Case("dsr", EVERY | {"threshold": 0.03, "min_per_row": 1}, 4, dtype=torch.float32, **ROOM),
+    Case("srigl", EVERY, 8),
+    Case("srigl", EVERY, 1, "adamw", capacity=1.5),
+    Case("srigl", EVERY | {"ablation": 0.9, "drop_fraction": 0.6}, 4, "adamw"),
+    Case("srigl", EVERY | {"ablation": 0.0}, 8, micro=2),
+    Case("srigl", EVERY | {"exact": True}, 4, dtype=torch.float32),
+    Case("gradual", GRADUAL, 8, density=0.9),
+    Case("gradual", GRADUAL | {"scope": "global", "compact_at": (0.5, 1.0)}, 8, "adamw", density=0.95),
+    Case("gradual", EVERY | {"targets": FINAL[1], "begin": 0.1, "end": 0.66}, 1, "adamw", density=0.8),
+    Case("gradual", EVERY | {"targets": FINAL[4], "drop_by": "l2"}, 4, density=0.8, dtype=torch.float32),
 ]
+# Gradual pruning ends with an update at step 30, or at 26 of those from 8 on.
+HAS = {"static": 0, "gradual": 8}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_masked_dense(case):
-    Pair(case).run(0 if case.method == "static" else UPDATES)
+    pair = Pair(case)
+    pair.run(6 if "begin" in case.options else HAS.get(case.method, UPDATES))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,8 @@ def share(fraction: float, blocks: int) -> int:
 
 DEFAULTS = {
     "drop_fraction": 0.3, "update_every": 100, "stop_fraction": 0.75, "drop_schedule": "cosine", "drop_by": "l1",
-    "scope": "layer", "min_per_row": 0, "min_per_col": 0, "exact": False, "growth": "random",
+    "scope": "layer", "min_per_row": 0, "min_per_col": 0, "exact": False, "growth": "random", "momentum": 0.9,
+    "threshold": 1e-3, "begin": 0.0, "end": 0.75, "ablation": 0.3,
 }  # fmt: skip
 
 
@@ -211,7 +213,9 @@ class Reference:
             self.layers[name] = Layer(name, masked, (block, block), (capacities or {}).get(name))
         self.steps = self.updates = 0
         self.fraction = 0.0
-        self.memory: dict[str, Any] = {}
+        self.momenta: dict[str, Any] = {}
+        self.initial = {name: layer.nnz for name, layer in self.layers.items()}
+        self.thresholds: list[tuple[int, int]] = []  # of DSR: blocks below the threshold, and its target
         # What the ranks of a data-parallel run would have found, in place of this process's own norms.
         self.found: dict[str, np.ndarray] | None = None
         self.last: dict[str, tuple[int, int]] | None = None
@@ -226,14 +230,26 @@ class Reference:
     def step(self) -> None:
         self.steps += 1
         self.last = None
-        o = self.options
-        if self.method != "static" and self.steps % o["update_every"] == 0:
-            stop = o["stop_fraction"] * self.total_steps
-            if self.steps < stop:
-                self.fraction = decayed(o["drop_schedule"], o["drop_fraction"], self.steps / stop)
-                self.apply(drop_and_grow(self))
+        if self.method == "snfs":
+            for name, layer in self.layers.items():
+                self.momenta[name] = self.options["momentum"] * self.momenta.get(name, 0.0) + layer.gradient()
+        if self.due():
+            self.apply(CHANGES[self.method](self))
         for layer in self.layers.values():
             layer.module.gradients.clear()
+
+    def due(self) -> bool:
+        """Whether an update follows now; sets ``fraction``, of blocks to drop or of pruning still to be done."""
+        o, step, total = self.options, self.steps, self.total_steps
+        if self.method == "static":
+            return False
+        if self.method == "gradual":
+            first, last = round(o["begin"] * total), round(o["end"] * total)
+            self.fraction = ((last - step) / (last - first)) ** 3
+            return first < step <= last and (step == last or step % o["update_every"] == 0)
+        stop = o["stop_fraction"] * total
+        self.fraction = decayed(o["drop_schedule"], o["drop_fraction"], min(1.0, step / stop))
+        return step < stop and step % o["update_every"] == 0
 
     def apply(self, changes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """``changes``: {layer: blocks dropped, blocks grown}, bool [blocks] each."""
@@ -244,6 +260,7 @@ class Reference:
             layer.set_mask((layer.kept & ~dropped) | grown)
             if dropped.any() or grown.any():
                 self.last[name] = int(dropped.sum()), int(grown.sum())
+            assert layer.nnz <= layer.capacity
         self.updates += 1
         self.mask_everything()
 
@@ -278,7 +295,9 @@ def decayed(schedule: str, start: float, t: float) -> float:
 
 def drop_and_grow(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     drops = global_drops(ref) if ref.options["scope"] == "global" else layer_drops(ref)
-    return {name: (dropped, grow(ref, ref.layers[name], dropped)) for name, dropped in drops.items()}
+    return {
+        name: (dropped, grow(ref, ref.layers[name], dropped, int(dropped.sum()))) for name, dropped in drops.items()
+    }
 
 
 def drop_scores(ref: Reference, layer: Layer) -> np.ndarray:
@@ -349,9 +368,9 @@ def global_drops(ref: Reference) -> dict[str, np.ndarray]:
     return drops
 
 
-def grow(ref: Reference, layer: Layer, dropped: np.ndarray) -> np.ndarray:
-    """bool [blocks]: as many new blocks as ``dropped`` ones; what was just dropped does not return."""
-    count, o = int(dropped.sum()), ref.options
+def grow(ref: Reference, layer: Layer, dropped: np.ndarray, count: int) -> np.ndarray:
+    """bool [blocks]: ``count`` new blocks; what was just dropped does not return."""
+    o, random = ref.options, ref.method in ("set", "dsr")
     grown = np.zeros_like(layer.kept)
     if count == 0:
         return grown
@@ -362,13 +381,10 @@ def grow(ref: Reference, layer: Layer, dropped: np.ndarray) -> np.ndarray:
         first = pick(fresh, min(count, int(fresh.sum())), stream)
         grown[first] = True
         grown[pick(layer.explored & ~layer.kept, count - len(first), stream)] = True
-    elif ref.method == "set" and not minima:
+    elif random and not minima:
         grown[pick(~layer.kept, count, stream)] = True
     else:
-        if ref.method == "set":
-            scores = stream.uniform(len(layer.kept)).double().numpy()
-        else:
-            scores = layer.norms(o["exact"]) if ref.found is None else ref.found[layer.name]
+        scores = stream.uniform(len(layer.kept)).double().numpy() if random else growth_scores(ref, layer)
         scores = np.where(layer.kept, np.nan, scores)
         for key, least in ((layer.row, o["min_per_row"]), (layer.column, o["min_per_col"])):
             left = np.bincount(key[layer.kept & ~dropped], minlength=key.max() + 1)
@@ -376,6 +392,170 @@ def grow(ref: Reference, layer: Layer, dropped: np.ndarray) -> np.ndarray:
             scores[best_of_each(key, scores, missing)] = np.inf
         grown = highest(scores, count, ref.stream(layer.name, "ties"))
     return grown
+
+
+def growth_scores(ref: Reference, layer: Layer) -> np.ndarray:
+    """[blocks]: norms of gradient blocks, or L1 norms of the momentum's."""
+    if ref.method == "snfs":
+        return np.abs(ref.momenta[layer.name]).sum((1, 2))
+    return layer.norms(ref.options["exact"]) if ref.found is None else ref.found[layer.name]
+
+
+# -- blocks that change layers: SNFS, DSR ------------------------------------------------------------------------------
+
+
+def divide(total: int, shares: Mapping[str, float], caps: Mapping[str, int]) -> dict[str, int]:
+    """``total`` in proportion to ``shares``, none above its cap: caps bind in the order of cap over share. Exact
+    fractions; the largest remainders round up, the first of equal ones first."""
+    exact = {name: Fraction(share) for name, share in shares.items() if share > 0}
+    parts = {name: Fraction(0) for name in shares}
+    left = Fraction(total)
+    order = sorted(exact, key=lambda name: Fraction(caps[name]) / exact[name])
+    for number, name in enumerate(order):
+        level = left / sum(exact[other] for other in order[number:])
+        parts[name] = min(Fraction(caps[name]), level * exact[name])
+        left -= parts[name]
+    assert left == 0, "no room in layers of share above 0"
+    whole = {name: int(part) for name, part in parts.items()}
+    for name in sorted(parts, key=lambda name: whole[name] - parts[name])[: total - sum(whole.values())]:
+        whole[name] += 1
+    return whole
+
+
+def redistributed(
+    ref: Reference, drops: Mapping[str, np.ndarray], shares: Mapping[str, float]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What all layers drop, grown again in proportion to ``shares`` as far as free places and slots allow."""
+    gone = {name: int(dropped.sum()) for name, dropped in drops.items()}
+    caps = {n: min(layer.free, layer.capacity - layer.nnz + gone[n]) for n, layer in ref.layers.items()}
+    counts = divide(sum(gone.values()), shares, caps)
+    return {name: (drops[name], grow(ref, layer, drops[name], counts[name])) for name, layer in ref.layers.items()}
+
+
+def sparse_momentum(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """SNFS: shares are the mean momentum of the weights that are kept now."""
+    if ref.options["scope"] == "global":
+        drops = global_drops(ref)
+    else:
+        drops, asked = {}, ref.fraction
+        for name, layer in ref.layers.items():
+            sparsity = layer.free / len(layer.kept)
+            ref.fraction = min(asked, sparsity) if sparsity < 0.2 else asked
+            drops[name] = layer_drops(ref)[name]
+        ref.fraction = asked
+    shares = {}
+    for name, layer in ref.layers.items():
+        stored = (layer.element >= 0) & layer.kept[:, None, None]
+        shares[name] = float(np.abs(ref.momenta[name])[stored].mean())
+        assert not (drops[name].sum() == layer.nnz > 0)
+    return redistributed(ref, drops, shares)
+
+
+def reparameterize(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """DSR: one threshold over all layers, which doubles or halves towards the target."""
+    threshold = ref.options["threshold"]
+    scores = {}
+    for name, layer in ref.layers.items():
+        scores[name] = drop_scores(ref, layer)
+        scores[name][best_of_each(np.zeros(len(layer.kept)), scores[name], {0: 1})] = np.inf
+    low = {name: int((own[ref.layers[name].kept] < threshold).sum()) for name, own in scores.items()}
+    target = share(ref.fraction, sum(layer.nnz for layer in ref.layers.values()))
+    found = sum(low.values())
+    ref.options["threshold"] *= 0.5 if found > 1.1 * target else 2.0 if found < 0.9 * target else 1.0
+    ref.thresholds.append((found, target))
+    if found > 2 * target:
+        everything = np.concatenate([own[ref.layers[name].kept] for name, own in scores.items()])
+        chosen = lowest(everything, 2 * target, ref.stream("", "drop ties"))
+        for name, layer in ref.layers.items():
+            low[name], chosen = int(chosen[: layer.nnz].sum()), chosen[layer.nnz :]
+    drops = {
+        name: lowest_kept(layer, scores[name], low[name], ref.stream(name, "drop ties"))
+        for name, layer in ref.layers.items()
+    }
+    return redistributed(ref, drops, {name: layer.nnz - low[name] for name, layer in ref.layers.items()})
+
+
+# -- constant fan-in: SRigL --------------------------------------------------------------------------------------------
+
+
+def constant_fan_in(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    changes = {}
+    for name, layer in ref.layers.items():
+        dropped = layer_drops(ref)[name]
+        if dropped.any():
+            last = name == list(ref.layers)[-1]
+            changes[name] = rows_of_equal_length(ref, layer, dropped, 0.0 if last else ref.options["ablation"])
+    return changes
+
+
+def rows_of_equal_length(
+    ref: Reference, layer: Layer, dropped: np.ndarray, ablation: float
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = int(layer.row.max()) + 1
+    width = len(layer.row) // rows
+    kept = layer.kept & ~dropped
+    gradient = np.where(layer.kept, np.nan, growth_scores(ref, layer))
+    salient = kept | highest(gradient, int(dropped.sum()), ref.stream(layer.name, "ties"))
+    saliency = np.bincount(layer.row[salient], minlength=rows)
+    holding = len(set(layer.row[layer.kept]))
+    enough = max(1, int(ablation * max(1, layer.nnz // holding))) if ablation else 0
+    count = max(int((saliency >= enough).sum()), math.ceil(layer.nnz / width))
+    luck = ref.stream(layer.name, "rows").uniform(rows).double().numpy() / 2
+    by_saliency = sorted(range(rows), key=lambda row: -(saliency[row] + luck[row]))
+    active = by_saliency[:count]
+    least = layer.nnz // count
+    holds = np.bincount(layer.row[kept], minlength=rows)
+    # One more for those that hold more already, then for the most salient.
+    fan = {row: least for row in active}
+    for row in sorted(active, key=lambda row: holds[row] <= least)[: layer.nnz % count]:
+        fan[row] += 1
+    scores = drop_scores(ref, layer)
+    luck = ref.stream(layer.name, "grow").uniform(len(layer.row)).double().numpy()
+    after = np.zeros_like(layer.kept)
+    for row in range(rows):
+        wanted = fan.get(row, 0)
+        own = np.flatnonzero(layer.row == row)
+        stored = sorted(own[layer.kept[own]], key=lambda k: (kept[k], scores[k]), reverse=True)
+        free = sorted(own[~layer.kept[own]], key=lambda k: (-gradient[k], luck[k]))
+        stay = max(min(int(kept[own].sum()), wanted), wanted - len(free))
+        after[stored[:stay]] = True
+        after[free[: wanted - stay]] = True
+    assert after.sum() == layer.nnz
+    return layer.kept & ~after, after & ~layer.kept
+
+
+# -- fewer and fewer: gradual pruning ----------------------------------------------------------------------------------
+
+
+def prune(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each layer, or all together, to final + round((initial - final) * what is left to be done)."""
+    final, layers = ref.options["targets"], ref.layers
+    if ref.options["scope"] == "layer":
+        counts = {n: final[n] + round((ref.initial[n] - final[n]) * ref.fraction) for n in layers}
+        drops = {
+            name: lowest_kept(layer, drop_scores(ref, layer), layer.nnz - counts[name], ref.stream(name, "drop ties"))
+            for name, layer in layers.items()
+        }
+    else:
+        first, last = sum(ref.initial.values()), sum(final.values())
+        whole = sum(layer.nnz for layer in layers.values()) - last - round((first - last) * ref.fraction)
+        scores = []
+        for layer in layers.values():
+            own = drop_scores(ref, layer)
+            own[best_of_each(np.zeros(len(own)), own, {0: 1})] = np.inf
+            scores.append(own[layer.kept])
+        chosen = lowest(np.concatenate(scores), whole, ref.stream("", "drop ties"))
+        drops = {}
+        for name, layer in layers.items():
+            drops[name] = of_kept(layer, chosen[: layer.nnz]) == 1
+            chosen = chosen[layer.nnz :]
+    return {name: (dropped, np.zeros_like(dropped)) for name, dropped in drops.items()}
+
+
+CHANGES: dict[str, Callable[[Reference], dict[str, tuple[np.ndarray, np.ndarray]]]] = {
+    "set": drop_and_grow, "rigl": drop_and_grow, "snfs": sparse_momentum, "dsr": reparameterize,
+    "srigl": constant_fan_in, "gradual": prune,
+}  # fmt: skip
 
 
 # -- a small problem ---------------------------------------------------------------------------------------------------
