@@ -22,6 +22,7 @@ _CASES: dict[str, Callable[[Selection], list[Any]]] = {
     "conv2d_case": shapes.conv2d_cases,
     "peer_case": shapes.peer_cases,
     "train_case": shapes.train_cases,
+    "topology_case": shapes.topology_cases,
 }
 
 

@@ -102,6 +102,24 @@ class TrainCase:
 
 
 @dataclass(frozen=True)
+class TopologyCase:
+    """One topology method on one net. ``method`` is a name of :data:`TOPOLOGY_METHODS`."""
+
+    model: str
+    in_shape: tuple[int, int, int]
+    batch: int
+    method: str
+    block: int
+    sparsity: int
+    threads: int
+
+    @property
+    def id(self) -> str:
+        name = self.method.replace(" ", "-")
+        return f"{self.model}-n{self.batch}-{name}-b{self.block}-s{self.sparsity}-t{self.threads}"
+
+
+@dataclass(frozen=True)
 class Grid:
     """Shapes that share blocks, sparsities and passes; ``step_blocks`` limits the costly whole step."""
 
@@ -237,6 +255,21 @@ TRAIN_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, .
         ("resnet20-w64", _CIFAR, 32, (0, 8, 16, 32), SPARSITIES),
     ),
 }
+# "exact" RigL takes norms of the dense gradient; "snfs" is timed against its own steps between two updates, and "snfs
+# momentum" is what the dense gradient of every such step takes.
+TOPOLOGY_METHODS = ("set", "rigl", "rigl exact", "srigl", "snfs", "snfs momentum", "dsr", "gradual")
+TOPOLOGY_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int, ...], tuple[str, ...]], ...]] = {
+    # model, in_shape, batch, blocks, methods
+    "toy": (
+        ("mlp-48-48", (1, 8, 8), 16, (4,), TOPOLOGY_METHODS),
+        ("wrn-10-1", (3, 8, 8), 4, (1,), ("set", "rigl", "snfs")),
+    ),
+    "quick": (("mlp-1024-1024", _MNIST, 128, (16,), ("set", "rigl")),),
+    "full": (
+        ("mlp-1024-1024", _MNIST, 128, (1, 8, 16), TOPOLOGY_METHODS),
+        ("wrn-16-4", _CIFAR, 32, (1, 8, 16), TOPOLOGY_METHODS),
+    ),
+}
 PEER_SUITES: dict[str, tuple[Grid, ...]] = {
     "toy": (Grid((LinearShape(64, 64, 64, bias=False),), (1, 16), (90,), PASSES[:3]),),
     "quick": (),
@@ -273,6 +306,17 @@ def train_cases(want: Selection) -> list[TrainCase]:
         for model, in_shape, batch, blocks, sparsities in TRAIN_SUITES.get(want.suite, ())
         for block in want.blocks or blocks
         for sparsity in want.sparsities or sparsities
+        for threads in want.threads
+    ]
+
+
+def topology_cases(want: Selection) -> list[TopologyCase]:
+    return [
+        TopologyCase(model, in_shape, batch, method, block, sparsity, threads)
+        for model, in_shape, batch, blocks, methods in TOPOLOGY_SUITES.get(want.suite, ())
+        for block in want.blocks or blocks
+        for sparsity in want.sparsities or (90,)
+        for method in methods
         for threads in want.threads
     ]
 
