@@ -166,7 +166,9 @@ class TopologyScheduler:
                 exploration.record(layer, layer.stored())
         compacted = self.method.compacts(nnz_before, update)
         if compacted:
-            for layer in self.layers.values():
+            for name, layer in self.layers.items():
+                if name not in slot_maps:  # its tensors get smaller too
+                    slot_maps[name] = torch.arange(layer.capacity, device=layer.device).where(layer.used(), -1)
                 compact_(layer.module, self.optimizer, layer.nnz)
             self.method.compacted(self.layers)
         self.updates += 1
