@@ -26,6 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "set gradient": EVERY | {"drop_by": "gradient"},
     "rigl": EVERY,
     "rigl exact": EVERY | {"exact": True},
+    "srigl": EVERY,
+    "snfs": EVERY,
+    "dsr": EVERY | {"threshold": 0.03},
+    "gradual": EVERY | {"targets": {"0": 2, "2": 4, "6": 1}},
 }
 
 
@@ -122,7 +126,7 @@ def test_counts_optimizer_steps():
     assert run.layouts() == after and run.topo.steps == 1
 
 
-@pytest.mark.parametrize("name", ["rigl", "rigl exact", "set gradient"])
+@pytest.mark.parametrize("name", ["rigl", "rigl exact", "snfs", "set gradient"])
 def test_step_between_micro_batches_changes_nothing(name):
     """With and without the needless calls: the probes keep what they have collected."""
     ends = []
@@ -351,7 +355,10 @@ def test_copied_model_trains_on_its_own(name):
 # -- mixed precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "late"), [("set", 0), ("set gradient", 0), ("rigl", 1), ("rigl exact", 1)])
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [("set", 0), ("set gradient", 0), ("rigl", 1), ("rigl exact", 1), ("srigl", 1), ("snfs", 0), ("dsr", 0)],
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_overflow_at_the_update_step(name, late, fused):
     """The scaler skips the step; methods that look at gradients wait for clean ones, for one step."""
@@ -380,6 +387,8 @@ def test_overflow_at_the_update_step(name, late, fused):
         module.layout.validate()
         assert module.values.isfinite().all()
         assert torch.equal(module.layout.from_dense(dense(module)), module.values)
+    for item in run.topo.memory.values():
+        assert not isinstance(item, Tensor) or item.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["rigl", "rigl exact"])
@@ -421,12 +430,12 @@ def test_autocast():
 # -- compiled and masked -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("set", 1), ("rigl", 2), ("rigl exact", 2)])
+@pytest.mark.parametrize(("name", "graphs"), [("set", 1), ("rigl", 2), ("rigl exact", 2), ("snfs", 1)])
 def test_compiled_model_does_not_recompile(name, graphs):
-    """One graph, and one more with probes, however often blocks move; the results are the eager ones."""
+    """One graph, and one more where probes come and go, however often blocks move; the results are the eager ones."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    eager, run = Run(name, capacity=1.0), Run(name, capacity=1.0)
+    eager, run = Run(name), Run(name)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(run.net, backend=counter, fullgraph=True)
@@ -502,6 +511,53 @@ def test_state_keeps_a_postponed_update():
     other.done = 3
     other.step()
     assert other.topo.last_update is not None and other.topo.last_update.step == 4
+
+
+def test_compaction_and_resuming_after_it():
+    """Spare slots are given back: new Parameters in the optimizer, averages along, and a checkpoint goes on."""
+    method = method_of("gradual", compact_at=(0.5, 1.0))
+    run = Run(method)
+    averaged = copy.deepcopy(run.net)
+    topology.follow(run.topo, averaged)
+    sizes, compactions = [], []
+    middle = None
+    for number in range(1, 41):
+        before = [module.values for module in sparse_modules(run.net).values()]
+        run.step()
+        sizes.append(sum(module.values.shape[0] for module in sparse_modules(run.net).values()))
+        replaced = [module.values is not old for module, old in zip(sparse_modules(run.net).values(), before)]
+        assert all(replaced) == any(replaced)
+        if all(replaced):
+            assert run.topo.last_update.compacted
+            compactions.append(number)
+            held = {id(p) for p in run.optimizer.param_groups[0]["params"]}
+            for name, module in sparse_modules(run.net).items():
+                assert module.values.shape[0] == module.layout.capacity == module.layout.nnz
+                assert id(module.values) in held
+                assert run.optimizer.state[module.values]["exp_avg"].shape == module.values.shape
+                assert averaged.get_submodule(name).values.shape == module.values.shape
+                assert torch.equal(averaged.get_submodule(name).mask, module.mask)
+            assert len(run.optimizer.state) == len(held)
+        if number == 12:
+            middle = {
+                "model": copy.deepcopy(run.net.state_dict()),
+                "optimizer": copy.deepcopy(run.optimizer.state_dict()),
+                "topology": copy.deepcopy(run.topo.state_dict()),
+            }
+    assert len(compactions) == 2 and compactions[0] < 12 < compactions[1]
+    assert sizes[0] > sizes[11] > sizes[39] == 2 + 4 + 1
+    assert middle is not None
+    second = Run("static")
+    second.net = sk.restore_(network(), middle["model"])
+    second.optimizer = OPTIMIZERS["adamw"](second.net.parameters())
+    second.optimizer.load_state_dict(middle["optimizer"])
+    second.topo = sk.TopologyScheduler(second.net, second.optimizer, method, 40)
+    second.topo.load_state_dict(middle["topology"])
+    second.done = 12
+    second.step(28)
+    assert_same(second.snapshot(), run.snapshot())
+    averaged.eval()
+    assert averaged(batch(0)[0]).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -613,6 +669,14 @@ def test_gradient_that_is_gone():
         ("rigl", {"scope": "net"}, "RigL: scope: expected one of layer, global, got 'net'"),
         ("set", {"growth": "gradient"}, "SET: growth: expected one of random, unexplored, got 'gradient'"),
         ("sett", {}, "method: expected one of static, set, rigl.*, got 'sett'"),
+        ("srigl", {"scope": "global"}, "SRigL: scope: expected 'layer' .*, got 'global'"),
+        ("srigl", {"ablation": 2}, r"SRigL: ablation: expected a share within \[0, 1\], got 2"),
+        ("snfs", {"momentum": 1.0}, r"SNFS: momentum: expected a factor within \[0, 1\), got 1.0"),
+        ("dsr", {"scope": "layer"}, "DSR: scope: expected 'global' .*, got 'layer'"),
+        ("dsr", {"threshold": 0.0}, "DSR: threshold: expected a magnitude above 0, got 0.0"),
+        ("gradual", {}, "GradualMagnitude: expected one of sparsity=0.9 and targets="),
+        ("gradual", {"sparsity": 0.9, "drop_fraction": 0.5}, "GradualMagnitude: takes no drop_fraction"),
+        ("gradual", {"sparsity": 0.9, "begin": 0.8}, "begin, end: expected shares of the run, .*, got 0.8 and 0.75"),
     ],
 )
 def test_bad_options(name, options, message):
@@ -631,12 +695,32 @@ def test_option_of_another_method():
         (sk.SET(drop_by="signed"), 8, "drop_by='signed': expected blocks of 1x1"),
         (sk.SET(growth="unexplored", min_per_row=1), 8, "growth='unexplored' does not go with min_per_row"),
         ("set", 8, "method: expected a topology method such as SET"),
+        (
+            topology.GradualMagnitude(targets={"9": 3}),
+            8,
+            r"targets: expected names of sparse layers \(0, 2, 6\), got '9'",
+        ),
+        (topology.GradualMagnitude(targets={"0": 30}), 8, r"targets\['0'\]: expected 1..5 blocks .*, got 30"),
+        (topology.GradualMagnitude(sparsity=0.5), 8, "sparsity: expected at least .*, got 0.5; pruning starts from"),
     ],
 )
 def test_methods_that_do_not_fit(method, block, message):
     run = Run("static", block=block)
     with pytest.raises(ValueError, match=message):
         sk.TopologyScheduler(run.net, run.optimizer, method, 10)
+
+
+@pytest.mark.parametrize("name", ["snfs", "dsr"])
+def test_blocks_need_room_and_one_size_to_change_layers(name):
+    with pytest.raises(ValueError, match="expected spare slots for blocks that change layers"):
+        Run(name, capacity=1.0)
+    net = network()
+    masks = block_masks(net, 4)
+    sk.sparsify_(net, sk.SparsityConfig(block=4, below_break_even="sparse", capacity=2.0), masks={"0": masks["0"]})
+    sk.sparsify_(net, sk.SparsityConfig(block=2, below_break_even="sparse", capacity=2.0), masks={"6": masks["6"]})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"expected the same block size in every sparse layer.* got 4x4 \(0\), 2x2"):
+        sk.TopologyScheduler(net, optimizer, method_of(name), 10)
 
 
 def test_no_steps():
