@@ -47,7 +47,7 @@ def random_positions(mask: Tensor, total: int, count: int, stream: Stream) -> Te
 
     Uniform over all subsets; ascending.
     """
-    picked = torch.from_numpy(stream.subset(total, count)).to(mask.device)
+    picked = torch.from_numpy(stream.subset(total, count)).to(mask.device, non_blocking=True)
     return torch.searchsorted(mask.cumsum(0), picked + 1)
 
 
