@@ -216,8 +216,6 @@ class Reference:
         self.momenta: dict[str, Any] = {}
         self.initial = {name: layer.nnz for name, layer in self.layers.items()}
         self.thresholds: list[tuple[int, int]] = []  # of DSR: blocks below the threshold, and its target
-        # What the ranks of a data-parallel run would have found, in place of this process's own norms.
-        self.found: dict[str, np.ndarray] | None = None
         self.last: dict[str, tuple[int, int]] | None = None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Reference:
@@ -398,7 +396,7 @@ def growth_scores(ref: Reference, layer: Layer) -> np.ndarray:
     """[blocks]: norms of gradient blocks, or L1 norms of the momentum's."""
     if ref.method == "snfs":
         return np.abs(ref.momenta[layer.name]).sum((1, 2))
-    return layer.norms(ref.options["exact"]) if ref.found is None else ref.found[layer.name]
+    return layer.norms(ref.options["exact"])
 
 
 # -- blocks that change layers: SNFS, DSR ------------------------------------------------------------------------------
