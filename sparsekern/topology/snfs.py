@@ -85,7 +85,8 @@ class SNFS(DropAndGrow):
         """
         buffer = update.memory.get(f"momentum:{layer.name}")
         if buffer is None:  # no gradient has reached the layer
-            buffer = torch.zeros(layer.grid.weight_shape, device=layer.device)
+            dtype = torch.float64 if layer.values.dtype == torch.float64 else torch.float32
+            buffer = torch.zeros(layer.grid.weight_shape, dtype=dtype, device=layer.device)
         norms = layer.grid.to_blocks(update.over_ranks(buffer).abs()).flatten(1).sum(1)
         stored = layer.stored()
         inside = layer.elements_of_block.to(stored.device)
