@@ -532,6 +532,31 @@ def test_a_pruned_net_can_be_pruned_further(run: Path, tmp_path: Path) -> None:
     assert [row.sparsity for row in pruning.rows] == pytest.approx([0.5, 0.75], abs=0.01)
 
 
+def test_weights_that_came_after_the_snapshot_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = TrainConfig(
+        model="mlp-40-36",
+        sparsity=0.5,
+        block="4",
+        below_break_even="sparse",
+        method="set",
+        update_every=2,
+        epochs=1,
+        subset=300,
+        test_subset=100,
+        batch_size=50,
+        snapshots=(0,),
+    )
+    train(moved, tmp_path / "run")
+    after(tmp_path / "run", "lottery", out=tmp_path / "out", rewind_step=0, criterion="random", sparsity=0.6, epochs=1)
+    first = dense_weights(tmp_path / "run" / "snapshots" / "step-000000000.pt")
+    masks = sk.masks(load_model(tmp_path / "out" / "level-01.pt"))
+    absent = sum(int((mask & (first[f"{name}.weight"] == 0)).sum()) for name, mask in masks.items())
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert absent > 0
+    warning = f"{absent:,} of {kept:,} weights were not stored at step 0; they start at zero"
+    assert warning in capsys.readouterr().err
+
+
 # -- ladders -----------------------------------------------------------------------------------------------------------
 
 

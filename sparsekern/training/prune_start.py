@@ -123,7 +123,7 @@ def start(
     plan = _prune(model, source, settings, level, names)
     if level == 1:
         reporter.show(plan)
-    _set_weights(model, source, settings, level)
+    _set_weights(model, source, settings, level, reporter)
     kept, weights = _counts(model, names)
     record = {
         "level": level,
@@ -222,16 +222,25 @@ def _prune(model: nn.Module, source: Source, settings: PruneSettings, level: int
         raise ConfigError(str(error)) from None
 
 
-def _set_weights(model: nn.Module, source: Source, settings: PruneSettings, level: int) -> None:
+def _set_weights(model: nn.Module, source: Source, settings: PruneSettings, level: int, reporter: Reporter) -> None:
     if settings.then == "lottery":
         assert settings.rewind_step is not None
         rewind_(model, source.snapshot(settings.rewind_step))
+        absent = sum(int((m.mask & (m.weight == 0)).count_nonzero()) for m in _sparse(model))
+        if absent and source.saved.sparse:  # a dynamic method stored them later
+            kept = sum(int(m.mask.count_nonzero()) for m in _sparse(model))
+            reporter.warn(
+                f"{absent:,} of {kept:,} weights were not stored at step {settings.rewind_step}; they start at zero"
+            )
     elif settings.then in FRESH:
         rewind_(model, source.fresh(_seed(source, settings, level)))
         if settings.rescale:
-            for module in model.modules():
-                if isinstance(module, SparseModule):
-                    module.load_dense_(module.weight.detach(), rescale=True)
+            for module in _sparse(model):
+                module.load_dense_(module.weight.detach(), rescale=True)
+
+
+def _sparse(model: nn.Module) -> list[SparseModule]:
+    return [module for module in model.modules() if isinstance(module, SparseModule)]
 
 
 def _seed(source: Source, settings: PruneSettings, level: int) -> int:
