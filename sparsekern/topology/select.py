@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,13 +26,30 @@ def lowest(scores: Tensor, count: int, stream: Stream) -> Tensor:
     prime, shift = _PRIMES[stream.integer(len(_PRIMES))], stream.integer(1 << 31)
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
+    if _on_cpu(scores):
+        return torch.from_numpy(_lowest(scores.detach().numpy(), count, prime, shift))
     threshold = scores.kthvalue(count).values
-    below = scores < threshold
+    below = torch.where(threshold.isnan(), ~scores.isnan(), scores < threshold)
     tied = (scores == threshold) | (scores.isnan() & threshold.isnan())
     number = tied.cumsum(0) - 1
     total = number[-1] + 1
     place = (number * prime + shift) % total
     return below | (tied & (place < count - below.sum()))
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy can be used: 3 to 10 times as fast as the calls that a GPU needs, with the same result."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+
+
+def _lowest(scores: np.ndarray, count: int, prime: int, shift: int) -> np.ndarray:
+    """What :func:`lowest` computes, for numpy."""
+    threshold = np.partition(scores, count - 1)[count - 1]  # NaN sorts last
+    chosen: np.ndarray = scores < threshold if threshold == threshold else ~np.isnan(scores)
+    tied = np.flatnonzero(scores == threshold if threshold == threshold else np.isnan(scores))
+    place = (np.arange(len(tied)) * prime + shift) % len(tied)
+    chosen[tied[place < count - np.count_nonzero(chosen)]] = True
+    return chosen
 
 
 def highest(scores: Tensor, count: int, stream: Stream) -> Tensor:
@@ -48,11 +66,20 @@ def random_positions(mask: Tensor, total: int, count: int, stream: Stream) -> Te
     Uniform over all subsets; ascending.
     """
     picked = torch.from_numpy(stream.subset(total, count)).to(mask.device, non_blocking=True)
+    if type(mask) is Tensor and mask.device.type == "cpu":
+        flags = mask.numpy()
+        if 2 * total < len(flags):
+            return torch.from_numpy(np.flatnonzero(flags)[picked.numpy()])
+        # Few entries are false: the true entry number k at position p has p - k of them before it.
+        gaps = np.flatnonzero(~flags)
+        return picked + torch.from_numpy(np.searchsorted(gaps - np.arange(len(gaps)), picked.numpy(), side="right"))
     return torch.searchsorted(mask.cumsum(0), picked + 1)
 
 
 def positions(mask: Tensor, count: int) -> Tensor:
     """int64 [count]: where ``mask`` [n] is true, which it is ``count`` times; ascending. No host sync."""
+    if type(mask) is Tensor and mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
@@ -64,6 +91,9 @@ def rank_within(key: Tensor, scores: Tensor, keys: int) -> Tensor:
         scores: [n].
     """
     by_score = torch.argsort(scores.nan_to_num(nan=-torch.inf), descending=True, stable=True)
+    if keys == 1:
+        rank = torch.empty_like(by_score)
+        return rank.scatter_(0, by_score, torch.arange(key.numel(), device=key.device))
     order = by_score[torch.argsort(key[by_score], stable=True)]
     sizes = torch.zeros(keys, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
     first = sizes.cumsum(0) - sizes
