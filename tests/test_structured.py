@@ -373,9 +373,8 @@ def test_thinet_rescaling_is_the_least_squares_fit() -> None:
     assert (x[:, kept] @ factors - x.sum(1)).norm() < 0.9 * plain
 
 
-def test_normal_equations_match_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normal_equations_match_a_dense_product() -> None:
     patches, weight, target = torch.randn(11, 4, 3).double(), torch.randn(5, 4, 3), torch.randn(11, 5)
-    monkeypatch.setattr(regression, "CHUNK", 4 * 5 * 3)  # several chunks, the last one short
     gram, cross = regression.normal_equations(patches, weight, target)
     z = np.stack([(patches[:, c].numpy() @ weight[:, c].double().numpy().T).ravel() for c in range(4)])
     np.testing.assert_allclose(gram.numpy(), z @ z.T)
@@ -409,9 +408,16 @@ def test_reconstruction_is_exact_where_it_can_be_and_reduces_error_elsewhere() -
         return float((torch.einsum("nck,ock->no", patches[:, kept], fitted) - target).norm())
 
     kept = [0, 1, 2, 3, 4]
-    assert error(kept, regression.reconstruct(patches[:, kept], target)) < 1e-9
+    assert error(kept, regression.reconstruct(patches[:, kept], weight[:, kept], target)) < 1e-9
+    few = patches[:4]  # fewer samples than unknowns: exact on them, and no further from the weights than needed
+    fitted = regression.reconstruct(few, weight, 2 * target[:4])
+    torch.testing.assert_close(torch.einsum("nck,ock->no", few, fitted), 2 * target[:4])
+    expected = np.linalg.pinv(few.flatten(1).numpy()) @ target[:4].numpy()
+    np.testing.assert_allclose((fitted - weight).flatten(1).T.numpy(), expected, atol=1e-9)
     kept = [0, 2, 3]
-    assert error(kept, regression.reconstruct(patches[:, kept], target)) < 0.95 * error(kept, weight[:, kept])
+    assert error(kept, regression.reconstruct(patches[:, kept], weight[:, kept], target)) < 0.95 * error(
+        kept, weight[:, kept]
+    )
 
 
 @pytest.mark.parametrize("method", ["thinet", "regression"])

@@ -237,8 +237,8 @@ def _regression_(graph: ChannelGraph, groups: Mapping[str, Group], counts: Mappi
         weight = calibration.split_weight(layer, group.channels)
         kept = regression.lasso_channels(*regression.normal_equations(found, weight, target), count)
         _keep_(graph, group, kept)
-        fitted = regression.reconstruct(found[:, kept], target)
-        calibration.split_weight(layer, len(kept)).copy_(fitted)
+        left = calibration.split_weight(layer, len(kept))
+        left.copy_(regression.reconstruct(found[:, kept], left, target))
 
 
 def _losing(groups: Mapping[str, Group], counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparsekern.pruning.structured.thinet import least_squares
 
-CHUNK = 1 << 24  # numbers held at once
 SMALLEST = 1e-4  # of the largest penalty, which removes everything
 STEPS = 100  # of the path
 
@@ -29,15 +28,12 @@ def normal_equations(patches: Tensor, weight: Tensor, target: Tensor) -> tuple[T
     Returns:
         ``(<Z_c, Z_d>, <Z_c, target>)``, float64 [channels, channels] and [channels].
     """
-    n, channels, _ = patches.shape
-    weight, target = weight.double(), target.double()
-    gram = torch.zeros(channels, channels, dtype=torch.float64, device=patches.device)
-    cross = torch.zeros(channels, dtype=torch.float64, device=patches.device)
-    step = max(1, CHUNK // (channels * weight.shape[0]))
-    for start in range(0, n, step):
-        z = torch.einsum("nck,ock->cno", patches[start : start + step], weight).flatten(1)
-        gram += z @ z.T
-        cross += z @ target[start : start + step].flatten()
+    _, channels, k = patches.shape
+    inputs, weights = patches.flatten(1), weight.double().flatten(1)
+    # Without the contributions themselves, which are as many numbers as samples x outputs x channels.
+    products = (inputs.T @ inputs) * (weights.T @ weights)
+    gram = products.view(channels, k, channels, k).sum((1, 3))
+    cross = ((inputs.T @ target.double()) * weights.T).view(channels, k * len(weights)).sum(1)
     return gram.cpu(), cross.cpu()
 
 
@@ -85,12 +81,16 @@ def lasso_channels(gram: Tensor, cross: Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
-def reconstruct(patches: Tensor, target: Tensor) -> Tensor:
+def reconstruct(patches: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Weights that map what is left of the inputs to ``target`` best; float64 [out, channels, k].
+
+    Where the samples leave a choice, the one nearest to ``weight``.
 
     Args:
         patches: float64 [n, channels, k], kept channels only.
+        weight: [out, channels, k], what the layer has now.
         target: [n, out], outputs of the original layer without its bias.
     """
-    solution = least_squares(patches.flatten(1), target)
-    return solution.T.unflatten(1, patches.shape[1:])
+    inputs, now = patches.flatten(1).cpu(), weight.double().flatten(1).T.cpu()
+    change = least_squares(inputs, target.double().cpu() - inputs @ now)
+    return (now + change).T.unflatten(1, patches.shape[1:])

@@ -48,9 +48,10 @@ def greedy(x: Tensor, keep: int) -> list[int]:
 
 def rescale(x: Tensor, kept: list[int]) -> Tensor:
     """Factors of the kept channels that fit the full output best, by least squares; float64 [kept]."""
-    return least_squares(x[:, kept], x.sum(1, keepdim=True))[:, 0]
+    gone = x.sum(1, keepdim=True) - x[:, kept].sum(1, keepdim=True)
+    return 1 + least_squares(x[:, kept], gone)[:, 0]
 
 
 def least_squares(a: Tensor, b: Tensor) -> Tensor:
     """The smallest of the minimisers of ``|a w - b|``, on the CPU in float64; [columns of a, columns of b]."""
-    return torch.linalg.lstsq(a.double().cpu(), b.double().cpu(), driver="gelsd").solution
+    return torch.linalg.lstsq(a.double().cpu(), b.double().cpu(), driver="gelsy").solution
