@@ -40,7 +40,7 @@ def test_help_lists_every_option_once(capsys: pytest.CaptureFixture[str], monkey
     assert status == 0
     for name in option_names():
         assert out.count(f"│ --{name.replace('_', '-')} ") == 1, name
-    for group in ("Start from", "Model and data", "Optimization", "Sparsity", "Run"):
+    for group in ("Start from", "Model and data", "Optimization", "Sparsity", "Dynamic sparsity", "Run"):
         assert f" {group} " in out
 
 
@@ -162,8 +162,39 @@ def test_recipes_hold_the_values_of_the_papers() -> None:
     assert (pruning.milestones, pruning.gamma, pruning.val_split) == ((0.5, 0.75), 0.1, 0.1)
     rigl = TrainConfig(**recipes.load("rigl-wrn").config)
     assert [round(m * rigl.steps) for m in rigl.milestones] == [30000, 60000, 90000]
+    assert (rigl.method, rigl.drop_fraction, rigl.update_every) == ("rigl", 0.3, 100)
+    assert round(rigl.stop_fraction * rigl.steps) == 75000
+    for name, method, every in (("itop-set", "set", 1500), ("itop-rigl", "rigl", 4000)):
+        itop = TrainConfig(**recipes.load(name).config)
+        assert (itop.method, itop.update_every, itop.drop_fraction, itop.stop_fraction) == (method, every, 0.5, 1.0)
+        assert (itop.epochs, itop.sparsity, itop.allocation) == (250, 0.95, "erk")
+    mlp = TrainConfig(**recipes.load("set-mlp").config)
+    # Weights per layer epsilon (n_in + n_out) with epsilon = 20.
+    shapes = [(3072, 4000), (4000, 1000), (1000, 4000)]
+    kept = sum(20 * (n_in + n_out) for n_in, n_out in shapes)
+    assert mlp.sparsity == pytest.approx(1 - kept / sum(n_in * n_out for n_in, n_out in shapes), abs=1e-5)
+    assert (mlp.drop_by, mlp.drop_fraction, mlp.update_every * mlp.batch_size) == ("signed", 0.3, 50_000)
+    snfs = TrainConfig(**recipes.load("snfs-wrn").config)
+    per_epoch = 45_000 // snfs.batch_size
+    assert snfs.update_every == per_epoch
+    assert [round(m * snfs.epochs * per_epoch) for m in snfs.milestones] == [25_000, 50_000, 75_000, 100_000]
     descent = TrainConfig(**recipes.load("sparse-double-descent").config)
+    assert (descent.sparsity, descent.snapshots) == (0.0, (1000,))
     assert (descent.label_noise, descent.weight_decay, descent.model) == (0.2, 1e-4, "resnet18")
+
+
+def test_a_recipe_drops_what_another_method_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "dst-demo", *FAST, "--block", "8", "--below-break-even", "masked", "--quiet"]
+    assert run("train", *arguments, "--method", "static", "--out", "static", capsys=capsys)[0] == 0
+    static = TrainConfig(**yaml.safe_load(Path("static/config.yaml").read_text()))
+    assert (static.method, static.update_every, static.rescale) == ("static", 100, True)
+    assert run("train", *arguments, "--method", "rigl", "--out", "rigl", capsys=capsys)[0] == 0
+    rigl = TrainConfig(**yaml.safe_load(Path("rigl/config.yaml").read_text()))
+    assert (rigl.method, rigl.update_every, rigl.drop_fraction) == ("rigl", 25, 0.5)
+    # What the user gives is not dropped.
+    given = ["--method", "static", "--update-every", "7", "--out", "given"]
+    status, _, err = run("train", *arguments, *given, capsys=capsys)
+    assert status == 2 and "update_every: method static takes no update_every" in err
 
 
 def test_plan_prints_without_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ METHODS = {
     "set": {},
     "rigl": {"method": "rigl", "optimizer": "adamw"},
     "rigl-exact": {"method": "rigl", "exact": True, "clip_norm": 1.0},
+    "srigl": {"method": "srigl", "pattern": "fan_in"},
     "snfs": {"method": "snfs", "capacity": 2.0},
     "dsr": {"method": "dsr", "capacity": 2.0, "threshold": 0.1, "optimizer": "adamw"},
     # Freed after the updates of step 10, of 25 between checkpoint and kill, and of 35 after the kill.
@@ -413,7 +414,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     [
         ({"method": "ste"}, "did you mean set?"),
         ({"update_every": 50}, "update_every: method static takes no update_every (taken by: set, rigl,"),
-        ({"method": "set", "exact": True}, "exact: method set takes no exact (taken by: rigl), got True"),
+        ({"method": "set", "exact": True}, "exact: method set takes no exact (taken by: rigl, srigl), got True"),
         ({"method": "set", "capacity": 2}, "capacity: method set takes no capacity (taken by: snfs, dsr), got 2"),
         ({"method": "rigl", "growth": "unexplored"}, "growth: method rigl takes no growth (taken by: set)"),
         ({"method": "set", "compact_at": "0.5"}, "compact_at: method set takes no compact_at"),

@@ -11,6 +11,7 @@ from sparsekern.cli import recipes
 from sparsekern.cli.options import with_config_options
 from sparsekern.training.config import TrainConfig, load_yaml
 from sparsekern.training.errors import ConfigError
+from sparsekern.training.method_options import without_foreign
 
 _START, _RUN = "Start from", "Run"
 
@@ -62,6 +63,9 @@ def train_command(
             saved = load_yaml(out / "config.yaml")
     preset = recipes.load(recipe).config if recipe else {}
     file = load_yaml(config) if config else {}
+    if method := {**file, **values}.get("method"):
+        # A recipe's baselines: `--recipe rigl-wrn --method static` has no use for when to update.
+        preset = without_foreign(preset, method)
     settings = TrainConfig(**{**saved, **preset, **file, **values})
     folder = out if out is not None else default_folder(settings, compare, resume=resume, overwrite=overwrite)
     reporter = Reporter() if quiet else TerminalReporter(bar=progress)

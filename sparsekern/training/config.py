@@ -148,6 +148,10 @@ class TrainConfig:
     min_per_row: int = _field(0, _DYNAMIC, "Blocks that every block row keeps.", low=0)
     min_per_col: int = _field(0, _DYNAMIC, "Blocks that every block column keeps.", low=0)
     exact: bool = _field(False, _DYNAMIC, "Scores of the exact dense gradient at updates (rigl).")
+    ablation: float = _field(
+        0.3, _DYNAMIC, "Rows with fewer salient blocks than this share of the fan-in are left empty (srigl).",
+        low=0.0, high=1.0,
+    )  # fmt: skip
     capacity: float = _field(
         1.0, _DYNAMIC, "Block slots over stored blocks: room for blocks that change layers.", low=1.0
     )

@@ -7,13 +7,14 @@ from typing import Any
 
 from sparsekern.training.errors import ConfigError
 
-_MOVES = ("drop_fraction", "update_every", "stop_fraction", "drop_schedule", "drop_by", "min_per_row", "min_per_col")
+_DROPS = ("drop_fraction", "update_every", "stop_fraction", "drop_schedule", "drop_by")
+_MOVES = (*_DROPS, "min_per_row", "min_per_col")
 
 TAKES: dict[str, tuple[str, ...]] = {
     "static": (),
     "set": (*_MOVES, "scope", "growth"),
     "rigl": (*_MOVES, "scope", "exact"),
-    "srigl": _MOVES,
+    "srigl": (*_DROPS, "exact", "ablation"),
     "snfs": (*_MOVES, "scope", "capacity"),
     "dsr": (*_MOVES, "threshold", "capacity"),
     "gradual": (
@@ -34,6 +35,12 @@ METHOD_FIELDS = tuple(dict.fromkeys(name for names in TAKES.values() for name in
 
 # They move blocks between layers: a layer needs free slots for what it gains.
 _NEEDS_CAPACITY = ("snfs", "dsr")
+
+
+def without_foreign(values: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """``values`` of a preset without the options that another ``method`` than the preset's does not take."""
+    taken = TAKES.get(method, METHOD_FIELDS)
+    return {name: value for name, value in values.items() if name not in METHOD_FIELDS or name in taken}
 
 
 def check_method(method: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
