@@ -204,8 +204,13 @@ def index_offsets(grid: BlockGrid, capacity: int) -> IndexOffsets:
 
 def index_view(grid: BlockGrid, index: Tensor) -> IndexView:
     """Views over ``index`` (int32, 1-D); the capacity follows from its length."""
-    ends = dataclasses.astuple(index_offsets(grid, capacity_of(grid, index)))
-    return IndexView(*torch.split(index, [b - a for a, b in itertools.pairwise(ends)]))
+    return IndexView(*torch.split(index, _index_sizes(grid, capacity_of(grid, index))))
+
+
+@functools.lru_cache(maxsize=8192)
+def _index_sizes(grid: BlockGrid, capacity: int) -> list[int]:
+    """Lengths of the arrays of :class:`IndexView`."""
+    return [b - a for a, b in itertools.pairwise(dataclasses.astuple(index_offsets(grid, capacity)))]
 
 
 def capacity_of(grid: BlockGrid, index: Tensor) -> int:
