@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, DropAndGrow, Update, drop_count
 from sparsekern.topology.redistribute import affordable, check_room, redistribute, room
-from sparsekern.topology.select import lowest, rank_within
+from sparsekern.topology.select import best, lowest
 
 NORMS = ("l1", "l2", "linf")
 
@@ -75,8 +75,8 @@ class DSR(DropAndGrow):
     def _scores(self, update: Update, layer: Layer) -> Tensor:
         """[capacity]; +inf at blocks that stay in any case, NaN at spare slots."""
         scores = self.drop_scores(update, layer)
-        best = (rank_within(torch.zeros_like(layer.row_of_slot()), scores, 1) == 0) & layer.used()
-        return scores.masked_fill(best, torch.inf)
+        keep = best(scores) & layer.used()
+        return scores.masked_fill(keep, torch.inf)
 
     def _counts(self, update: Update, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """How many blocks of each layer are below the threshold, which then follows its target."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.topology.layer import DROP_BY, Layer
-from sparsekern.topology.select import highest, lowest, positions, random_positions, rank_within
+from sparsekern.topology.select import best, highest, lowest, positions, random_positions, rank_within
 from sparsekern.topology.streams import Stream
 
 DROP_SCHEDULES = ("cosine", "linear", "constant")
@@ -223,8 +223,8 @@ class DropAndGrow(Method):
         parts = []
         for layer in layers.values():
             scores = self.drop_scores(update, layer)
-            best = (rank_within(torch.zeros_like(layer.row_of_slot()), scores, 1) == 0) & layer.used()
-            parts.append(scores.masked_fill(best, torch.inf))
+            keep = best(scores) & layer.used()
+            parts.append(scores.masked_fill(keep, torch.inf))
         chosen = lowest(torch.cat(parts), total, update.stream("", "drop ties")).split([p.numel() for p in parts])
         drops = {}
         for (name, layer), part, scores in zip(layers.items(), chosen, parts, strict=True):

@@ -83,6 +83,13 @@ def positions(mask: Tensor, count: int) -> Tensor:
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
+def best(scores: Tensor) -> Tensor:
+    """bool, the shape of ``scores`` [n]: the highest entry alone, the first of equal ones; NaN is the lowest."""
+    scores = scores.nan_to_num(nan=-torch.inf)
+    top = scores == scores.max()
+    return top & (top.cumsum(0) == 1)
+
+
 def rank_within(key: Tensor, scores: Tensor, keys: int) -> Tensor:
     """int64 [n]: how many entries of equal ``key`` score higher, ties by index; NaN last.
 
