@@ -633,11 +633,32 @@ def test_pattern_fan_in_draws_columns_uniformly():
 # -- saving, waiting ---------------------------------------------------------------------------------------------------
 
 
-def saved(run: Run) -> Any:
+def train(run: Run, steps: int) -> Run:
+    """Without tags."""
+    for _ in range(steps):
+        run.optimizer.zero_grad()
+        run.bag.loss(run.steps).backward()
+        run.optimizer.step()
+        run.topo.step()
+        run.steps += 1
+    return run
+
+
+def resume(run: Run, optimizer: str = "momentum", seed: int = 0) -> Run:
+    """A run in new objects, from what a checkpoint of ``run`` holds."""
     file = io.BytesIO()
-    torch.save([run.bag.state_dict(), run.optimizer.state_dict(), run.topo.state_dict(), run.steps], file)
+    torch.save([run.bag.state_dict(), run.optimizer.state_dict(), run.topo.state_dict()], file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    model, optimizer_state, topology_state = torch.load(file, weights_only=True)
+    new = Run.__new__(Run)
+    new.bag = Bag(run.bag.shapes, seed + 1)
+    new.bag.load_state_dict(model)
+    new.optimizer = OPTIMIZERS[optimizer](new.bag.parameters())
+    new.optimizer.load_state_dict(optimizer_state)
+    new.topo = sk.TopologyScheduler(new.bag, new.optimizer, run.topo.method, TOTAL, seed=seed)
+    new.topo.load_state_dict(topology_state)
+    new.steps = run.steps
+    return new
 
 
 def everything(run: Run) -> dict[str, Any]:
@@ -654,31 +675,26 @@ def everything(run: Run) -> dict[str, Any]:
 def test_a_resumed_run_is_the_same(data, chosen, optimizer, at, seed):
     method = data.draw(st.one_of(fixed(), moving(), gradual(chosen)))
 
-    def train(run: Run, steps: int) -> Run:
-        for _ in range(steps):
-            run.optimizer.zero_grad()
-            run.bag.loss(run.steps).backward()
-            run.optimizer.step()
-            run.topo.step()
-            run.steps += 1
-        return run
-
     whole = train(Run(chosen, method, optimizer, seed), at)
-    model, optimizer_state, topology_state, steps = saved(whole)
-    resumed = Run.__new__(Run)
-    resumed.bag = Bag(chosen, seed + 1)
-    resumed.bag.load_state_dict(model)
-    resumed.optimizer = OPTIMIZERS[optimizer](resumed.bag.parameters())
-    resumed.optimizer.load_state_dict(optimizer_state)
-    resumed.topo = sk.TopologyScheduler(resumed.bag, resumed.optimizer, method, TOTAL, seed=seed)
-    resumed.topo.load_state_dict(topology_state)
-    resumed.steps = steps
+    resumed = resume(whole, optimizer, seed)
     train(whole, TOTAL - at), train(resumed, TOTAL - at)
     one, other = everything(whole), everything(resumed)
     assert one.keys() == other.keys()
     for key, item in one.items():
         assert torch.equal(item, other[key]) if isinstance(item, Tensor) else item == other[key], key
     assert whole.topo.updates == resumed.topo.updates
+
+
+def test_a_global_schedule_resumes_below_the_target_of_one_layer():
+    chosen = [layer(1, 0.9), layer(1, 0.9)]
+    count = chosen[0].nnz
+    method = sk.GradualMagnitude(targets={"layers.l0": count, "layers.l1": 5}, scope="global", update_every=1, end=1.0)
+    run = Run(chosen, method)
+    for _ in range(6):
+        run.step()
+    assert run.modules["layers.l0"].layout.nnz < count
+    resumed = train(resume(run), TOTAL - 6)
+    assert sum(module.layout.nnz for module in resumed.modules.values()) == count + 5
 
 
 @few
@@ -817,6 +833,16 @@ def layer(block: int = 2, density: float = 0.5, spare: float = 0.0) -> Shape:
         ([layer()], sk.GradualMagnitude(sparsity=0.3), "sparsity: expected at least 0.5 .* got 0.3"),
         ([layer()], sk.GradualMagnitude(targets={"l0": 4}), r"targets: expected names .*layers.l0.* got 'l0'"),
         ([layer()], sk.GradualMagnitude(targets={"layers.l0": 33}), r"expected 1..32 blocks \(those it has\), got 33"),
+        (
+            [layer(), layer()],
+            sk.GradualMagnitude(targets={"layers.l0": 4}, scope="global"),
+            "scope='global' prunes every sparse layer, got none of layers.l1",
+        ),
+        (
+            [layer(), layer()],
+            sk.GradualMagnitude(targets={"layers.l0": 33, "layers.l1": 32}, scope="global"),
+            "targets: expected at most 64 blocks in all .* got 65",
+        ),
     ],
 )
 def test_layers_that_do_not_fit(chosen, method, message):

@@ -12,7 +12,7 @@ from sparsekern.allocation import block_counts
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, DropAndGrow, Method, Update
 from sparsekern.topology.redistribute import check_same_block
-from sparsekern.topology.select import lowest, rank_within
+from sparsekern.topology.select import best, lowest
 
 NOT_TAKEN = ("drop_fraction", "stop_fraction", "drop_schedule")
 
@@ -31,7 +31,8 @@ class GradualMagnitude(DropAndGrow):
 
     Attributes:
         sparsity: final share of the sparse layers' weights that is not stored; every layer loses the same factor. Or
-        targets: {layer: final blocks}; layers not named keep what they have.
+        targets: {layer: final blocks}; layers not named keep what they have. With scope "global" every layer is named,
+            and the sum counts.
         begin, end: where pruning starts and ends, as shares of the run.
         scope: "layer" holds every layer to its own schedule; "global" removes the smallest blocks of all layers
             together (one block size), and each layer keeps at least one.
@@ -125,8 +126,8 @@ class GradualMagnitude(DropAndGrow):
         for layer in layers.values():
             # The best block of a layer outranks those that minima protect.
             scores = self.drop_scores(update, layer).clamp(max=torch.finfo(torch.float32).max)
-            best = (rank_within(torch.zeros_like(layer.row_of_slot()), scores, 1) == 0) & layer.used()
-            parts.append(scores.masked_fill(best, torch.inf))
+            keep = best(scores) & layer.used()
+            parts.append(scores.masked_fill(keep, torch.inf))
         chosen = lowest(torch.cat(parts), count, update.stream("", "drop ties")).split([p.numel() for p in parts])
         counts = torch.stack([part.sum() for part in chosen]).tolist()
         return {name: (part, n) for name, part, n in zip(layers, chosen, counts, strict=True)}
@@ -143,12 +144,21 @@ class GradualMagnitude(DropAndGrow):
                 raise ValueError(
                     f"{who}: targets: expected names of sparse layers ({', '.join(layers)}), got {unknown[0]!r}"
                 )
+            unnamed = [name for name in layers if name not in self.targets]
+            if self.scope == "global" and unnamed:
+                raise ValueError(
+                    f"{who}: targets: scope='global' prunes every sparse layer, got none of {unnamed[0]!r}"
+                )
             for name, count in self.targets.items():
-                if not 1 <= count <= layers[name].nnz:
-                    raise ValueError(
-                        f"{who}: targets[{name!r}]: expected 1..{layers[name].nnz} blocks (those it has), got {count}"
-                    )
-            return {name: int(self.targets.get(name, layer.nnz)) for name, layer in layers.items()}
+                # Globally the sum counts: a resumed run may find a layer below its own target.
+                most = layers[name].nnz if self.scope == "layer" else layers[name].grid.blocks
+                if not 1 <= count <= most:
+                    raise ValueError(f"{who}: targets[{name!r}]: expected 1..{most} blocks (those it has), got {count}")
+            finals = {name: int(self.targets.get(name, layer.nnz)) for name, layer in layers.items()}
+            have, wanted = sum(layer.nnz for layer in layers.values()), sum(finals.values())
+            if wanted > have:
+                raise ValueError(f"{who}: targets: expected at most {have} blocks in all (those stored), got {wanted}")
+            return finals
         assert self.sparsity is not None
         area = {name: layer.grid.block[0] * layer.grid.block[1] for name, layer in layers.items()}
         stored = sum(layer.nnz * area[name] for name, layer in layers.items())
