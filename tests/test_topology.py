@@ -58,19 +58,21 @@ class Run:
         masks_seed: int = 5,
         masked: bool = False,
         seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.net, self.dtype = network(dtype), dtype
+        self.net, self.dtype, self.device = network(dtype), dtype, device
         cfg = sk.SparsityConfig(block=block, below_break_even="sparse", capacity=capacity)
         sk.sparsify_(self.net, cfg, masks=block_masks(self.net, block, density, masks_seed))
         for module in sparse_modules(self.net).values():
             module.masked = masked
+        self.net.to(device)
         self.optimizer = OPTIMIZERS[optimizer](self.net.parameters())
         self.method = method_of(method) if isinstance(method, str) else method
         self.topo = sk.TopologyScheduler(self.net, self.optimizer, self.method, total, seed=seed)
         self.done = 0
 
     def backward(self, scale: float = 1.0) -> None:
-        x, y = batch(self.done, self.dtype)
+        x, y = (t.to(self.device) for t in batch(self.done, self.dtype))
         (scale * nn.functional.cross_entropy(self.net(x), y)).backward()
         self.done += 1
 
@@ -280,6 +282,23 @@ def test_optimizer_state_that_cannot_follow():
     assert run.layouts() == before
     with pytest.raises(TypeError, match="one row per block"):
         sk.TopologyScheduler(run.net, optimizer, sk.SET(), 10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_invariants_on_every_device(name, device):
+    """Counts, layouts and zeros after every step; methods that need the backward have it from this device's kernels."""
+    run = Run(name, dtype=torch.float32, device=device)
+    total = sum(layer.nnz for layer in run.topo.layers.values())
+    for _ in range(10):
+        run.step()
+        for key, module in sparse_modules(run.net).items():
+            module.layout.validate()
+            assert module.layout.nnz == run.topo.layers[key].nnz <= module.layout.capacity
+            for item in (module.values.detach(), run.optimizer.state[module.values]["exp_avg"]):
+                assert torch.equal(module.layout.from_dense(module.layout.to_dense(item)), item)
+        counts = sum(layer.nnz for layer in run.topo.layers.values())
+        assert counts < total if name == "gradual" and run.topo.updates else counts == total
+    assert run.topo.updates == (0 if name == "static" else 3)
 
 
 # -- averaged copies ---------------------------------------------------------------------------------------------------

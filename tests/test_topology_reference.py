@@ -137,6 +137,7 @@ CASES = [
     Case("set", EVERY | {"growth": "unexplored"}, 1, density=0.6),
     Case("set", EVERY | {"scope": "global"}, 8, capacity=1.5),
     Case("set", EVERY | {"scope": "global"}, 1, "adamw"),
+    Case("set", EVERY | {"scope": "global", "drop_fraction": 0.6}, 4, density=0.8),  # more than has free places
     Case("set", EVERY | {"drop_by": "l2"}, 8, "adamw"),
     Case("set", EVERY | {"drop_by": "linf", "drop_schedule": "linear"}, 8),
     Case("set", EVERY | {"drop_by": "gradient"}, 8),
