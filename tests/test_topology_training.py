@@ -513,3 +513,30 @@ def test_blocks_move_after_the_optimizer_and_before_gradients_go() -> None:
     (weight,), (gradient,) = watcher.weights, watcher.gradients
     torch.testing.assert_close(weight, before - 0.1 * gradient)
     assert float(gradient.norm()) <= 0.01 * (1 + 1e-4) and model.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["set", "rigl", "gradual"])
+def test_compiled_nets_train_alike_and_do_not_recompile_at_updates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    real = torch.compile
+    counters: list[CompileCounter] = []
+
+    def compiled(model: nn.Module) -> Any:
+        torch._dynamo.reset()
+        counters.append(CompileCounter())
+        return real(model, backend=counters[-1])
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = config_of(name, checkpoint_every=0, steps=25, **({"sparse_below": 0.0} if name == "gradual" else {}))
+    plain = train(config)
+    fast = train(dataclasses.replace(config, compile=True))
+    assert plain.model is not None and fast.model is not None and fast.updates == plain.updates >= 4
+    assert_same(dict(plain.model.state_dict()), dict(fast.model.state_dict()))
+    train(dataclasses.replace(config, compile=True, update_every=30))
+    updated, still = (counter.frame_count for counter in counters)
+    if name == "set":
+        assert updated == still > 0
+    else:
+        # The update step of RigL collects scores; gradual pruning shrinks Parameters twice before step 25.
+        assert updated > still > 0 and updated <= still + 4
