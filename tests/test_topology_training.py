@@ -406,6 +406,36 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_slimmed_net_trains_and_its_folder_can_be_moved(tmp_path: Path) -> None:
+    kept = {"kept": list(range(0, 64, 2)), "of": 64}
+    record = {"format": 1, "about": {}, "blocks": [], "layers": {"layers.0": {"out": kept}, "layers.2": {"in": kept}}}
+    (tmp_path / "channels.json").write_text(json.dumps(record))
+    config = TrainConfig(
+        model="mlp-64-64", channels=str(tmp_path / "channels.json"), sparsity=0.0, steps=10, log_every=1, threads=1,
+        batch_size=100,
+    )  # fmt: skip
+    whole = train(config, tmp_path / "whole")
+    assert whole.params == 32 * 65 + 64 * 33 + 10 * 65
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped", reporter=At(4, signal.SIGINT))
+    (tmp_path / "channels.json").unlink()
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    assert train(config, tmp_path / "moved", resume=True).resumed_from == 4
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "moved"))
+    assert_same(dict(load_model(tmp_path / "moved").state_dict()), weights(tmp_path / "whole"))
+    with pytest.raises(ConfigError, match=r"channels: .*channels.json does not exist"):
+        train(config, tmp_path / "new")
+    (tmp_path / "channels.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"channels: .*channels.json does not fit the model: "):
+        train(config, tmp_path / "new")
+    # Sparse training of the slimmed architecture, from its trained weights.
+    again = dataclasses.replace(
+        config, channels=str(tmp_path / "whole" / "channels.json"), init=str(tmp_path / "whole")
+    )
+    gradual = dataclasses.replace(again, method="gradual", sparsity=0.5, block=8, below_break_even="sparse")
+    assert train(dataclasses.replace(gradual, update_every=2)).layers["sparse"] == 2
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
