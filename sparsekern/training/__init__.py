@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from sparsekern.training.comparison import CompareResult, compare
     from sparsekern.training.config import TrainConfig
     from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted, TrainingError
-    from sparsekern.training.loop import TrainResult, read_result, train
+    from sparsekern.training.loop import train
     from sparsekern.training.network import load_model
+    from sparsekern.training.result import TrainResult, read_result
     from sparsekern.training.schedules import schedule
     from sparsekern.training.sparse_lr import sparse_lr_factor
     from sparsekern.training.timing import StepTime, time_steps
@@ -33,8 +34,8 @@ _HOME = {
     "DivergedError": "errors",
     "Interrupted": "errors",
     "TrainingError": "errors",
-    "TrainResult": "loop",
-    "read_result": "loop",
+    "TrainResult": "result",
+    "read_result": "result",
     "train": "loop",
     "load_model": "network",
     "schedule": "schedules",

@@ -12,19 +12,12 @@ from typing import Any
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.curves import plot_curves
 from sparsekern.training.errors import CheckpointError, ConfigError, Interrupted
-from sparsekern.training.loop import (
-    TrainResult,
-    check_folder,
-    check_same,
-    has_checkpoint,
-    read_result,
-    start_folder,
-    train,
-    write_json,
-)
+from sparsekern.training.folder import check_folder, check_same, has_checkpoint, start_folder, write_json
+from sparsekern.training.loop import train
 from sparsekern.training.memory import measure_memory
 from sparsekern.training.network import build_network, load_model, resolve_device
 from sparsekern.training.progress import Reporter
+from sparsekern.training.result import TrainResult, read_result
 from sparsekern.training.task import Task, load_task
 from sparsekern.training.timing import ROUNDS, StepTime, time_steps
 

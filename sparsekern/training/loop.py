@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import shutil
@@ -12,31 +10,32 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsekern.training.callbacks import Callback
 from sparsekern.training.checkpoint import (
-    checkpoint_files,
     load_newest,
     rng_state,
     save_checkpoint,
     seed_all,
     set_rng_state,
 )
-from sparsekern.training.config import TrainConfig, load_yaml, save_yaml
+from sparsekern.training.config import TrainConfig
 from sparsekern.training.curves import plot_curves
 from sparsekern.training.dynamic import build_topology, exploration
 from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
+from sparsekern.training.folder import check_folder, check_same, has_checkpoint, start_folder, write_json
 from sparsekern.training.metrics import MetricsLog
 from sparsekern.training.network import Network, build_network, measure, plan_of, resolve_device, restore_network
 from sparsekern.training.optim import make_optimizer
 from sparsekern.training.progress import Reporter
+from sparsekern.training.result import MEASURED, TrainResult, read_result
 from sparsekern.training.schedules import schedule, set_lr
 from sparsekern.training.sparse_lr import realised_sparsity, sparse_lr_factor
 from sparsekern.training.step import PHASES, Step
@@ -46,56 +45,16 @@ from sparsekern.training.weights import CHANNELS, save_net, snapshot_path
 if TYPE_CHECKING:
     from sparsekern.topology import UpdateRecord
 
-
-@dataclass
-class TrainResult:
-    """What a run ended with. Accuracies are fractions; times are means in seconds over this process, without its
-    first step.
-
-    Attributes:
-        test_acc_at_best_val: test accuracy after the epoch of the best validation accuracy, None without validation.
-        step_seconds: data, forward, backward, optimizer, topology and total of one step; on CUDA, where waiting for the
-            device between them would slow training down, total only.
-        layers: layers per state.
-        macs: multiply-accumulates per sample.
-        exploration_rate: R_s, the fraction of the sparse layers' weights that were stored at some time; None without
-            sparse layers.
-        exploration: the same per layer.
-        reliably_explored: the fraction that was stored long enough to be trained; None where blocks do not move.
-        updates: of the topology.
-        resumed_from: step of the checkpoint that this process started from, None for a fresh run.
-        model: the trained model.
-    """
-
-    config: TrainConfig
-    steps: int
-    epochs: float
-    train_loss: float | None
-    train_acc: float | None
-    val_acc: float | None
-    test_loss: float | None
-    test_acc: float | None
-    best_val_acc: float | None
-    test_acc_at_best_val: float | None
-    params: int
-    macs: int
-    layers: dict[str, int]
-    seconds: float
-    step_seconds: dict[str, float]
-    threads: int
-    exploration_rate: float | None = None
-    exploration: dict[str, float] = field(default_factory=dict)
-    reliably_explored: float | None = None
-    updates: int = 0
-    resumed_from: int | None = None
-    folder: Path | None = None
-    model: nn.Module | None = field(default=None, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, in plain containers."""
-        skip = {"model", "config", "folder"}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
-        return {"config": self.config.to_dict(), **values}
+__all__ = [
+    "TrainResult",
+    "check_folder",
+    "check_same",
+    "has_checkpoint",
+    "read_result",
+    "start_folder",
+    "train",
+    "write_json",
+]
 
 
 def train(
@@ -141,54 +100,6 @@ def train(
         torch.set_num_threads(config.threads)
     with reporter:
         return _Run(config, folder, resume, reporter, label, callbacks).run()
-
-
-def check_folder(folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """:class:`ConfigError` says what is in the way of a run in ``folder`` and what to do; nothing is written."""
-    saved = folder / "config.yaml"
-    if resume:
-        if not saved.is_file():
-            raise ConfigError(f"resume: {folder} holds no run (config.yaml is missing); check --out")
-        check_same(TrainConfig.from_dict(load_yaml(saved), source=str(saved)), config, folder)
-    elif saved.exists() and not overwrite:
-        raise ConfigError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite")
-    elif folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: expected a folder, {folder} is a file")
-
-
-def start_folder(folder: Path, config: TrainConfig) -> None:
-    """Create ``folder`` with its ``config.yaml``, without what an earlier run left."""
-    if (folder / "config.yaml").exists():
-        # Only what a run writes: the folder may hold anything else.
-        for name in ("checkpoints", "snapshots", "dense", "small", "sparse"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in _WRITTEN:
-            (folder / name).unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, folder / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {folder}: {error.strerror}") from None
-
-
-_WRITTEN = (
-    "metrics.jsonl",
-    "result.json",
-    "model.pt",
-    "plan.json",
-    "curves.png",
-    "compare.json",
-    "table.md",
-    CHANNELS,
-)
-
-
-def check_same(saved: TrainConfig, config: TrainConfig, folder: Path) -> None:
-    """:class:`ConfigError` naming every key in which a resumed run differs from the saved one."""
-    names = saved.differences(config)
-    if names:
-        changes = ", ".join(f"{name} (saved {getattr(saved, name)}, now {getattr(config, name)})" for name in names)
-        raise ConfigError(f"resume: {folder} was started with another configuration: {changes}; drop these options")
 
 
 @dataclass
@@ -573,7 +484,7 @@ class _Run:
             self.network = measure(self.network.model, plan, example)
         size = self.network.size()
         steps = max(1, self.run_steps - (self.total > 1))
-        ended: dict[str, Any] = {name: self.last.get(name) for name in _LAST}
+        ended: dict[str, Any] = {name: self.last.get(name) for name in MEASURED}
         ended.update(self._exploration())
         result = TrainResult(
             config=self.config,
@@ -606,40 +517,6 @@ class _Run:
         if self.folder is None or self.resumed_from != self.total:
             return None
         return read_result(self.folder, self.network.model.eval())
-
-
-_LAST = (
-    "train_loss",
-    "train_acc",
-    "val_acc",
-    "test_loss",
-    "test_acc",
-    "best_val_acc",
-    "test_acc_at_best_val",
-)
-
-
-def read_result(folder: str | os.PathLike[str], model: nn.Module | None = None) -> TrainResult | None:
-    """The result of a finished run, or None if ``folder`` holds none."""
-    path = Path(folder) / "result.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    config = TrainConfig.from_dict(values.pop("config"), source=str(path))
-    return TrainResult(config=config, folder=Path(folder), model=model, **values)
-
-
-def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    return bool(checkpoint_files(Path(folder) / "checkpoints"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class _Stop:
