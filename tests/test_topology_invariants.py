@@ -88,6 +88,10 @@ class Shape:
         return out
 
 
+def layer(block: int = 2, density: float = 0.5, spare: float = 0.0) -> Shape:
+    return Shape((16, 16), block, 1, density, spare, False, 1)
+
+
 @st.composite
 def shapes(draw, block: int, spare: float = 0.0, dense: bool = True) -> Shape:
     groups = 1
@@ -463,6 +467,18 @@ def test_gradual_pruning_keeps_its_schedule(data, chosen, optimizer, seed):
         assert sum(module.layout.nnz for module in run.modules.values()) == sum(final.values())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_global_pruning_leaves_every_layer_a_block(seed):
+    """Even where the minima of rows ask for more blocks than are left."""
+    method = sk.GradualMagnitude(
+        targets={"layers.l0": 1, "layers.l1": 1}, scope="global", min_per_row=1, update_every=1, end=0.5
+    )
+    run = Run([layer(), layer()], method, seed=seed)
+    for _ in range(4):
+        run.step()
+    assert [module.layout.nnz for module in run.modules.values()] == [1, 1]
+
+
 def check_smallest_go(seen: list[Seen], scope: str) -> None:
     """No block that went was larger than one that stayed, in its layer or in all."""
     pools = [seen] if scope == "global" else [[layer] for layer in seen]
@@ -611,6 +627,27 @@ def test_srigl_keeps_a_constant_fan_in(chosen, fraction, ablation, seed):
                 if grown.any() and left.any():
                     slack = 1e-4 * gradient.max()
                     assert gradient[places][grown].min() >= gradient[places][left].max() - slack
+
+
+def test_srigl_drops_by_sign_where_asked():
+    """Within a row, what the smallest positive and the largest negative weights do not claim stays first."""
+    run = Run([layer(1), layer(1)], sk.SRigL(update_every=1, drop_by="signed", drop_schedule="constant", ablation=0))
+    seen = run.step()
+    assert seen is not None
+    differs = 0
+    for one in seen.values():
+        flat, claimed = one.grid.to_blocks(one.weight).flatten(), torch.zeros(one.grid.blocks, dtype=torch.bool)
+        for sign in (True, False):
+            of_sign = ((flat < 0) == sign) & one.before
+            count = math.ceil(0.3 * int(of_sign.sum()) - 1e-9)
+            claimed[flat.abs().masked_fill(~of_sign, 9.0).topk(count, largest=False).indices] = True
+        other_way = flat.abs().masked_fill(~one.before, 9.0).topk(int(claimed.sum()), largest=False).indices
+        differs += not claimed[other_way].all()
+        for row in range(one.grid.rows):
+            places = slice(row * 16, (row + 1) * 16)
+            spared, trimmed = one.after & claimed, one.dropped & ~claimed
+            assert not (spared[places].any() and trimmed[places].any())
+    assert differs  # from dropping by size alone
 
 
 @few
@@ -815,10 +852,6 @@ def test_options_out_of_range(name, options, message):
         topology.method(name, **options)
 
 
-def layer(block: int = 2, density: float = 0.5, spare: float = 0.0) -> Shape:
-    return Shape((16, 16), block, 1, density, spare, False, 1)
-
-
 @pytest.mark.parametrize(
     ("chosen", "method", "message"),
     [
@@ -836,7 +869,7 @@ def layer(block: int = 2, density: float = 0.5, spare: float = 0.0) -> Shape:
         (
             [layer(), layer()],
             sk.GradualMagnitude(targets={"layers.l0": 4}, scope="global"),
-            "scope='global' prunes every sparse layer, got none of layers.l1",
+            "scope='global' prunes every sparse layer, got none of 'layers.l1'",
         ),
         (
             [layer(), layer()],
