@@ -56,7 +56,8 @@ class SNFS(DropAndGrow):
             memory[key] = torch.zeros_like(found)
         finite = found.isfinite().all()
         # On the device: a host that waited for `finite` would stop the queue at every step.
-        memory[key].mul_(torch.where(finite, self.momentum, 1.0)).add_(torch.where(finite, found, 0.0))
+        factor = torch.where(finite, found.new_full((), self.momentum), 1.0)
+        memory[key].mul_(factor).add_(torch.where(finite, found, 0.0))
 
     def changes(self, update: Update) -> dict[str, Change]:
         layers = update.layers
