@@ -271,6 +271,7 @@ def test_exploration_is_the_union_of_the_masks(tmp_path: Path) -> None:
     assert result.reliably_explored is not None and 0 < result.reliably_explored <= result.exploration_rate
     assert [line["step"] for line in recorder.epochs] == [15, 30, 45]
     assert recorder.epochs[-1]["exploration"] == result.exploration
+    assert recorder.epochs[-1]["density"] == {name: int(masks[-1][name].sum()) / sizes[name] for name in names}
     # The file holds what the callbacks got.
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for kind, records in (("interval", recorder.steps), ("epoch", recorder.epochs), ("update", recorder.updates)):
@@ -483,6 +484,13 @@ def test_what_only_the_run_knows_is_an_error_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="blocks of 1x1"):
         train(dataclasses.replace(BASE, drop_by="signed"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_without_any_update_is_warned_of() -> None:
+    for every, stop, warned in ((5, 0.9, False), (30, 0.6, True), (46, 0.9, True)):
+        reporter = At(-1, 0)
+        result = train(dataclasses.replace(BASE, update_every=every, stop_fraction=stop), reporter=reporter)
+        assert any("blocks will not move" in text for text in reporter.warnings) == warned == (result.updates == 0)
 
 
 def test_the_dense_twin_has_no_options_of_sparse_training() -> None:

@@ -31,7 +31,8 @@ class Callback:
         ``exploration_rate`` where blocks move."""
 
     def on_epoch(self, record: dict[str, Any]) -> None:
-        """After every epoch: ``train_loss``, ``train_acc``, and ``test_acc`` and ``val_acc`` where it was tested."""
+        """After every epoch: ``train_loss``, ``train_acc``, and ``test_acc`` and ``val_acc`` where it was tested; where
+        blocks move, ``exploration_rate``, ``reliably_explored``, and per layer ``exploration`` and ``density``."""
 
     def on_update(self, record: dict[str, Any]) -> None:
         """After every update of the topology: ``number``, ``drop_fraction``, blocks ``dropped`` and ``grown``."""

@@ -54,6 +54,16 @@ def method_options(config: TrainConfig, plan: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def will_update(topology: TopologyScheduler) -> bool:
+    """Whether the run has a single update of the topology."""
+    return any(topology.method.due(step, topology.total_steps) for step in range(1, topology.total_steps + 1))
+
+
+def densities(topology: TopologyScheduler) -> dict[str, float]:
+    """Stored blocks over all blocks of every layer now."""
+    return {name: layer.nnz / layer.grid.blocks for name, layer in topology.layers.items()}
+
+
 def exploration(topology: TopologyScheduler | None, model: nn.Module) -> dict[str, Any]:
     """R_s, the fraction of weights that were stored at some time (Liu et al. 2021, arXiv:2102.02887).
 

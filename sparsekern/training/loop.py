@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -28,7 +28,7 @@ from sparsekern.training.checkpoint import (
 )
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.curves import plot_curves
-from sparsekern.training.dynamic import build_topology, exploration
+from sparsekern.training.dynamic import build_topology, densities, exploration, will_update
 from sparsekern.training.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from sparsekern.training.folder import check_folder, check_same, has_checkpoint, start_folder, write_json
 from sparsekern.training.metrics import MetricsLog
@@ -186,6 +186,11 @@ class _Run:
         self.base_lr = self._scaled_lr()
         for note in self.network.notes:
             reporter.warn(note)
+        if self.topology is not None and not will_update(self.topology):
+            reporter.warn(
+                f"blocks will not move: an update every {config.update_every} steps until "
+                f"{config.stop_fraction:g} of {self.total} steps is none"
+            )
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -204,26 +209,32 @@ class _Run:
 
     def _build(self, saved: dict[str, Any] | None) -> tuple[Network, Any]:
         example = self.task.example(self.device)
+        config = self.config
+        own = self.folder / CHANNELS if self.resume and self.folder is not None else None
+        if own is not None and own.is_file():
+            # The folder's copy: the file it was made from may be gone.
+            config = dataclasses.replace(config, channels=str(own))
         if saved is not None:
             classes = self.task.num_classes
-            own = self.folder / CHANNELS if self.folder is not None else None
-            channels = own if own is not None and own.is_file() else None
-            network = restore_network(self.config, saved["model"], saved["plan"], example, classes, channels=channels)
-            return network, None
-        scored = self.config.allocation in ("snip", "grasp")
+            return restore_network(config, saved["model"], saved["plan"], example, classes), None
+        scored = config.allocation in ("snip", "grasp")
         batches = self.task.scoring_batches(self.device) if scored else None
-        network, plan = build_network(self.config, example, self.task.num_classes, batches=batches)
+        network, plan = build_network(config, example, self.task.num_classes, batches=batches)
         # Whatever the construction drew, dense and sparse nets train with the same random numbers.
-        seed_all(self.config.seed)
+        seed_all(config.seed)
         return network, plan
 
     def _open_folder(self) -> None:
         """Not before data, model and method are known to work: a mistake leaves no folder behind."""
         assert self.folder is not None
+        own = self.folder / CHANNELS
+        kept = own if self.resume and own.is_file() else self.config.channels
+        # Read before an earlier run's files go: it may be one of them.
+        channels = Path(kept).read_bytes() if kept is not None else None
         if not self.resume:
             start_folder(self.folder, self.config)
-        if self.config.channels is not None:
-            shutil.copyfile(self.config.channels, self.folder / CHANNELS)
+        if channels is not None:
+            (self.folder / CHANNELS).write_bytes(channels)
         if self.network.plan is not None:
             write_json(self.folder / "plan.json", self.network.plan)
 
@@ -381,7 +392,7 @@ class _Run:
             now.update(self._test())
         seconds = self._seconds()
         if self.topology is not None:
-            now.update(self._exploration())
+            now.update(self._exploration(), density=densities(self.topology))
         record = self._write("epoch", lr=self.optimizer.param_groups[0]["lr"], seconds=seconds, **now)
         for callback in self.callbacks:
             callback.on_epoch(record)

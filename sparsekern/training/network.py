@@ -277,11 +277,9 @@ def restore_network(
     plan: dict[str, Any] | None,
     example: Tensor,
     num_classes: int,
-    *,
-    channels: str | os.PathLike[str] | None = None,
 ) -> Network:
     """The network of a checkpoint: the layout comes from ``state``, nothing is planned or measured again."""
-    model = build_dense(config, shape_of(example), num_classes, example.device, channels=channels)
+    model = build_dense(config, shape_of(example), num_classes, example.device)
     load_state(model, state, sparse=plan is not None)
     return measure(model, plan, example)
 
