@@ -580,6 +580,12 @@ def test_dsr_follows_its_target(chosen, fraction, threshold, seed):
 # -- SRigL -------------------------------------------------------------------------------------------------------------
 
 
+def near(scores: Tensor, count: int) -> bool:
+    """Whether the ``count`` highest are not clearly higher than the rest."""
+    ordered = scores.sort(descending=True).values
+    return 0 < count < len(ordered) and bool(ordered[count - 1] - ordered[count] < 1e-4 * ordered[0])
+
+
 @few
 @given(nets(), st.floats(0.05, 0.7), st.sampled_from([0.0, 0.3, 0.95]), st.integers(0, 99))
 def test_srigl_keeps_a_constant_fan_in(chosen, fraction, ablation, seed):
@@ -606,8 +612,8 @@ def test_srigl_keeps_a_constant_fan_in(chosen, fraction, ablation, seed):
             salient = torch.zeros(layer.grid.blocks, dtype=torch.bool)
             salient[magnitude.topk(nnz - count).indices] = True
             salient[candidates.topk(count).indices] = True
-            edge = candidates.sort(descending=True).values
-            unclear = count < len(edge) and edge[count - 1] - edge[count] < 1e-4 * edge[0]
+            # Means of different numbers may be equal, and gradients nearly so.
+            unclear = any(near(scores, rank) for scores, rank in ((magnitude, nnz - count), (candidates, count)))
             enough = max(1, int(ablation * max(1, nnz // int((layer.rows(layer.before) > 0).sum()))))
             if number == len(seen) - 1 or ablation == 0:
                 assert int(active.sum()) == min(nnz, layer.grid.rows)
