@@ -190,7 +190,7 @@ def test_a_recipe_drops_what_another_method_does_not_take(capsys: pytest.Capture
     assert (static.method, static.update_every, static.rescale) == ("static", 100, True)
     assert run("train", *arguments, "--method", "rigl", "--out", "rigl", capsys=capsys)[0] == 0
     rigl = TrainConfig(**yaml.safe_load(Path("rigl/config.yaml").read_text()))
-    assert (rigl.method, rigl.update_every, rigl.drop_fraction) == ("rigl", 25, 0.5)
+    assert (rigl.method, rigl.update_every, rigl.drop_fraction) == ("rigl", 50, 0.3)
     # What the user gives is not dropped.
     given = ["--method", "static", "--update-every", "7", "--out", "given"]
     status, _, err = run("train", *arguments, *given, capsys=capsys)
