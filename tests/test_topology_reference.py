@@ -144,6 +144,7 @@ CASES = [
     Case("set", EVERY | {"drop_by": "gradient"}, 1, "adamw", micro=2),
     Case("set", EVERY | {"drop_by": "random", "drop_schedule": "constant"}, 8, capacity=1.5),
     Case("set", EVERY | {"drop_by": "signed"}, 1),
+    Case("set", EVERY | {"drop_by": "signed", "drop_fraction": 0.8}, 1, density=0.7),  # more than has free places
     Case("set", EVERY | {"min_per_row": 2, "min_per_col": 1}, 8),
     Case("set", EVERY | {"min_per_row": 3, "min_per_col": 3}, 1, "adamw"),
     Case("rigl", EVERY, 8),
@@ -158,10 +159,12 @@ CASES = [
     Case("snfs", EVERY, 1, "adamw", micro=2, **ROOM),
     Case("snfs", EVERY | {"scope": "global", "momentum": 0.5}, 8, "adamw", **ROOM),
     Case("snfs", EVERY | {"drop_fraction": 0.5}, 4, density=0.83, **ROOM),
+    Case("snfs", EVERY | {"drop_fraction": 1.0}, 8, "adamw", **ROOM),  # every layer loses all of its blocks
     Case("snfs", EVERY, 4, dtype=torch.float32, **ROOM),
     Case("dsr", EVERY | {"threshold": 0.03}, 8, **ROOM),
     Case("dsr", EVERY | {"threshold": 0.02}, 1, "adamw", **ROOM),
     Case("dsr", EVERY | {"threshold": 1e3, "drop_by": "l2"}, 8, "adamw", **ROOM),
+    Case("dsr", EVERY | {"threshold": 0.03, "drop_fraction": 0.8}, 4, density=0.8, capacity=1.1),  # no room for it all
     Case("dsr", EVERY | {"threshold": 0.03, "min_per_row": 1}, 4, dtype=torch.float32, **ROOM),
     Case("srigl", EVERY, 8),
     Case("srigl", EVERY, 1, "adamw", capacity=1.5),
@@ -170,6 +173,7 @@ CASES = [
     Case("srigl", EVERY | {"exact": True}, 4, dtype=torch.float32),
     Case("gradual", GRADUAL, 8, density=0.9),
     Case("gradual", GRADUAL | {"scope": "global", "compact_at": (0.5, 1.0)}, 8, "adamw", density=0.95),
+    Case("gradual", GRADUAL | {"scope": "global", "min_per_row": 2, "min_per_col": 5}, 8, density=0.9),
     Case("gradual", EVERY | {"targets": FINAL[1], "begin": 0.1, "end": 0.66}, 1, "adamw", density=0.8),
     Case("gradual", EVERY | {"targets": FINAL[4], "drop_by": "l2"}, 4, density=0.8, dtype=torch.float32),
 ]

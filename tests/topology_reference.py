@@ -338,7 +338,10 @@ def layer_drops(ref: Reference) -> dict[str, np.ndarray]:
             negative = layer.kept & (layer.weights().reshape(-1) < 0)
             sides = [(negative, share(ref.fraction, int(negative.sum())))]
             sides.append((layer.kept & ~negative, share(ref.fraction, layer.nnz - int(negative.sum()))))
-            assert sum(count for _, count in sides) <= layer.free
+            # Where free places are too few, fewer negative ones go.
+            excess = max(0, sum(count for _, count in sides) - layer.free)
+            sides[0] = negative, max(0, sides[0][1] - excess)
+            sides[1] = sides[1][0], min(sides[1][1], layer.free)
             dropped = np.zeros(len(layer.kept), dtype=bool)
             for side, count in sides:
                 dropped |= lowest_kept(layer, np.where(side, scores, np.nan), count, stream)
@@ -402,22 +405,31 @@ def growth_scores(ref: Reference, layer: Layer) -> np.ndarray:
 # -- blocks that change layers: SNFS, DSR ------------------------------------------------------------------------------
 
 
-def divide(total: int, shares: Mapping[str, float], caps: Mapping[str, int]) -> dict[str, int]:
-    """``total`` in proportion to ``shares``, none above its cap: caps bind in the order of cap over share. Exact
-    fractions; the largest remainders round up, the first of equal ones first."""
-    exact = {name: Fraction(share) for name, share in shares.items() if share > 0}
+def divide(
+    total: int, shares: Mapping[str, float], caps: Mapping[str, int], least: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """``total`` in proportion to ``shares`` after ``least``, none above its cap: caps bind in the order of cap over
+    share. Layers of share 0 take what is then left, in proportion to their caps. Exact fractions; the largest
+    remainders round up, the first of equal ones first."""
+    first = {name: (least or {}).get(name, 0) for name in shares}
+    caps = {name: caps[name] - first[name] for name in shares}
+    total -= sum(first.values())
     parts = {name: Fraction(0) for name in shares}
     left = Fraction(total)
-    order = sorted(exact, key=lambda name: Fraction(caps[name]) / exact[name])
-    for number, name in enumerate(order):
-        level = left / sum(exact[other] for other in order[number:])
-        parts[name] = min(Fraction(caps[name]), level * exact[name])
-        left -= parts[name]
-    assert left == 0, "no room in layers of share above 0"
+    for zero in (False, True):
+        exact = {
+            name: Fraction(caps[name] if zero else share) for name, share in shares.items() if (share == 0) == zero
+        }
+        order = sorted((name for name in exact if exact[name]), key=lambda name: Fraction(caps[name]) / exact[name])
+        for number, name in enumerate(order):
+            level = left / sum(exact[other] for other in order[number:])
+            parts[name] = min(Fraction(caps[name]), level * exact[name])
+            left -= parts[name]
+    assert left == 0
     whole = {name: int(part) for name, part in parts.items()}
     for name in sorted(parts, key=lambda name: whole[name] - parts[name])[: total - sum(whole.values())]:
         whole[name] += 1
-    return whole
+    return {name: first[name] + count for name, count in whole.items()}
 
 
 def redistributed(
@@ -426,7 +438,8 @@ def redistributed(
     """What all layers drop, grown again in proportion to ``shares`` as far as free places and slots allow."""
     gone = {name: int(dropped.sum()) for name, dropped in drops.items()}
     caps = {n: min(layer.free, layer.capacity - layer.nnz + gone[n]) for n, layer in ref.layers.items()}
-    counts = divide(sum(gone.values()), shares, caps)
+    emptied = {name: int(gone[name] == layer.nnz > 0) for name, layer in ref.layers.items()}
+    counts = divide(sum(gone.values()), shares, caps, emptied)
     return {name: (drops[name], grow(ref, layer, drops[name], counts[name])) for name, layer in ref.layers.items()}
 
 
@@ -444,8 +457,7 @@ def sparse_momentum(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     shares = {}
     for name, layer in ref.layers.items():
         stored = (layer.element >= 0) & layer.kept[:, None, None]
-        shares[name] = float(np.abs(ref.momenta[name])[stored].mean())
-        assert not (drops[name].sum() == layer.nnz > 0)
+        shares[name] = float(np.abs(ref.momenta[name])[stored].mean()) if stored.any() else 0.0
     return redistributed(ref, drops, shares)
 
 
@@ -466,6 +478,11 @@ def reparameterize(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         chosen = lowest(everything, 2 * target, ref.stream("", "drop ties"))
         for name, layer in ref.layers.items():
             low[name], chosen = int(chosen[: layer.nnz].sum()), chosen[layer.nnz :]
+    # The layers together need room for what they drop; those that drop more than they have free places give way.
+    room = sum(min(layer.free, layer.capacity - layer.nnz + low[name]) for name, layer in ref.layers.items())
+    excess = {name: max(0, low[name] - layer.free) for name, layer in ref.layers.items()}
+    for name, cut in divide(max(0, sum(low.values()) - room), excess, excess).items():
+        low[name] -= cut
     drops = {
         name: lowest_kept(layer, scores[name], low[name], ref.stream(name, "drop ties"))
         for name, layer in ref.layers.items()
@@ -513,7 +530,7 @@ def rows_of_equal_length(
     for row in range(rows):
         wanted = fan.get(row, 0)
         own = np.flatnonzero(layer.row == row)
-        stored = sorted(own[layer.kept[own]], key=lambda k: (kept[k], scores[k]), reverse=True)
+        stored = sorted(own[layer.kept[own]], key=lambda k: (kept[k], scores[k], k), reverse=True)
         free = sorted(own[~layer.kept[own]], key=lambda k: (-gradient[k], luck[k]))
         stay = max(min(int(kept[own].sum()), wanted), wanted - len(free))
         after[stored[:stay]] = True
@@ -540,6 +557,7 @@ def prune(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         scores = []
         for layer in layers.values():
             own = drop_scores(ref, layer)
+            own[own == np.inf] = 1e30  # the minima give way first
             own[best_of_each(np.zeros(len(own)), own, {0: 1})] = np.inf
             scores.append(own[layer.kept])
         chosen = lowest(np.concatenate(scores), whole, ref.stream("", "drop ties"))
