@@ -99,6 +99,7 @@ import os, signal, sys
 sys.path[:0] = [{root!r}]
 from tests.test_checkpoint import At
 from sparsekern.training import TrainConfig, train
+train(TrainConfig.from_dict({{**{runs!r}[0][0], "steps": 6}}))  # imports what is imported on first use
 for config, out in {runs!r}:
     child = os.fork()
     if child == 0:
