@@ -66,6 +66,8 @@ class Run:
         for module in sparse_modules(self.net).values():
             module.masked = masked
         self.net.to(device)
+        if torch.device(device).type == "cuda":
+            self.net.to(memory_format=torch.channels_last)
         self.optimizer = OPTIMIZERS[optimizer](self.net.parameters())
         self.method = method_of(method) if isinstance(method, str) else method
         self.topo = sk.TopologyScheduler(self.net, self.optimizer, self.method, total, seed=seed)
@@ -73,6 +75,8 @@ class Run:
 
     def backward(self, scale: float = 1.0) -> None:
         x, y = (t.to(self.device) for t in batch(self.done, self.dtype))
+        if x.is_cuda:  # what its kernels compute in; others are converted with a warning
+            x = x.contiguous(memory_format=torch.channels_last)
         (scale * nn.functional.cross_entropy(self.net(x), y)).backward()
         self.done += 1
 
