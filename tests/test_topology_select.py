@@ -81,5 +81,32 @@ def test_positions_are_those_of_the_true_entries(share: float, rng: torch.Genera
     assert torch.equal(select.positions(mask, len(where)), where)
     for count in (0, len(where) // 3, len(where)):
         picked = Stream(1, "layer", 2, "grow").subset(len(where), count)
-        found = select.random_positions(mask, len(where), count, Stream(1, "layer", 2, "grow"))
+        taken = (~mask).nonzero().flatten()
+        found = select.random_free(taken, len(mask), count, Stream(1, "layer", 2, "grow"))
         assert torch.equal(found, where[torch.from_numpy(picked)])
+
+
+@pytest.mark.parametrize("kind", ["normal", "sorted", "mostly equal", "nan"])
+def test_many_scores(kind: str, rng: torch.Generator) -> None:
+    """Enough of them that a sample guesses the threshold, rightly or wrongly."""
+    scores = torch.randn(100_000, generator=rng)
+    if kind == "sorted":
+        scores = scores.sort().values
+    elif kind == "mostly equal":
+        scores = scores.clamp(min=0.5)
+    elif kind == "nan":
+        scores[::3] = torch.nan
+    ranked = scores.sort().values
+    for count in (1, 30, 1000, 40_000, 66_000, 100_000):
+        chosen = select.lowest(scores, count, Stream(0, "layer", 0, "ties"))
+        assert int(chosen.sum()) == count
+        torch.testing.assert_close(scores[chosen].sort().values, ranked[:count], rtol=0, atol=0, equal_nan=True)
+
+
+def test_stable_order_is_that_of_a_stable_sort(rng: torch.Generator) -> None:
+    for size in (0, 1, 7, 1000):
+        scores = torch.randint(-3, 4, (size,), generator=rng).float() * 1e-40
+        scores *= torch.where(torch.rand(size, generator=rng) < 0.1, -0.0, 1e30)
+        scores[torch.rand(size, generator=rng) < 0.1] = torch.nan
+        scores[1:2], scores[2:4] = torch.inf, -torch.inf
+        assert torch.equal(select.stable_order(scores), torch.argsort(scores, stable=True))

@@ -299,7 +299,7 @@ def drop_and_grow(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def drop_scores(ref: Reference, layer: Layer) -> np.ndarray:
-    """[blocks], NaN where nothing is kept, inf at blocks that the minima per row and column protect."""
+    """[blocks], NaN where nothing is kept; blocks that the minima per row and column protect rank above all others."""
     weights, o = layer.weights(), ref.options
     flat = weights.reshape(len(weights), -1)
     by: dict[str, Callable[[], np.ndarray]] = {
@@ -311,9 +311,10 @@ def drop_scores(ref: Reference, layer: Layer) -> np.ndarray:
         "random": lambda: of_kept(layer, ref.stream(layer.name, "drop").uniform(layer.nnz).numpy()),
     }
     scores = np.where(layer.kept, by[o["drop_by"]](), np.nan)
+    protected, above = np.zeros(len(scores), dtype=bool), 2.0**20
     for key, least in ((layer.row, o["min_per_row"]), (layer.column, o["min_per_col"])):
-        scores[best_of_each(key, scores, dict.fromkeys(key.tolist(), least))] = np.inf
-    return scores
+        protected |= best_of_each(key, scores + above * protected, dict.fromkeys(key.tolist(), least))
+    return scores + above * protected
 
 
 def of_kept(layer: Layer, scores: np.ndarray) -> np.ndarray:
@@ -387,10 +388,23 @@ def grow(ref: Reference, layer: Layer, dropped: np.ndarray, count: int) -> np.nd
     else:
         scores = stream.uniform(len(layer.kept)).double().numpy() if random else growth_scores(ref, layer)
         scores = np.where(layer.kept, np.nan, scores)
-        for key, least in ((layer.row, o["min_per_row"]), (layer.column, o["min_per_col"])):
-            left = np.bincount(key[layer.kept & ~dropped], minlength=key.max() + 1)
-            missing = {k: max(0, least - int(have)) for k, have in enumerate(left)}
-            scores[best_of_each(key, scores, missing)] = np.inf
+        have = layer.kept & ~dropped
+        best = scores.copy()
+        for row in range(layer.row.max() + 1):
+            while have[layer.row == row].sum() < o["min_per_row"]:
+                places = [i for i in np.flatnonzero((layer.row == row) & ~have) if not layer.kept[i]]
+                if not places:
+                    break
+                lacks = {i: have[layer.column == layer.column[i]].sum() < o["min_per_col"] for i in places}
+                place = max(places, key=lambda i: best[i] + 2.0**20 * lacks[i])
+                have[place], scores[place] = True, np.inf
+        for column in range(layer.column.max() + 1):
+            while have[layer.column == column].sum() < o["min_per_col"]:
+                places = [i for i in np.flatnonzero((layer.column == column) & ~have) if not layer.kept[i]]
+                if not places:
+                    break
+                place = max(places, key=lambda i: best[i])
+                have[place], scores[place] = True, np.inf
         grown = highest(scores, count, ref.stream(layer.name, "ties"))
     return grown
 
@@ -557,7 +571,6 @@ def prune(ref: Reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         scores = []
         for layer in layers.values():
             own = drop_scores(ref, layer)
-            own[own == np.inf] = 1e30  # the minima give way first
             own[best_of_each(np.zeros(len(own)), own, {0: 1})] = np.inf
             scores.append(own[layer.kept])
         chosen = lowest(np.concatenate(scores), whole, ref.stream("", "drop ties"))

@@ -22,11 +22,10 @@ def begin(layer: Layer) -> None:
     layer.reliable = torch.zeros_like(layer.explored)
 
 
-def record(layer: Layer, before: Tensor) -> None:
-    """Count an update: ``before`` bool [blocks] was stored until now."""
-    now = layer.stored()
+def record(layer: Layer, kept: Tensor, now: Tensor) -> None:
+    """Count an update: bool [blocks], what it ``kept``, and what is stored ``now``."""
+    layer.reliable |= kept
     layer.explored |= now
-    layer.reliable |= before & now
 
 
 def weights(layer: Layer, blocks: Tensor) -> int:

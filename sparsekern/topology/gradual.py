@@ -124,8 +124,7 @@ class GradualMagnitude(DropAndGrow):
         count = max(0, sum(layer.nnz for layer in layers.values()) - final - round((initial - final) * left))
         parts = []
         for layer in layers.values():
-            # The best block of a layer outranks those that minima protect.
-            scores = self.drop_scores(update, layer).clamp(max=torch.finfo(torch.float32).max)
+            scores = self.drop_scores(update, layer)
             keep = best(scores) & layer.used()
             parts.append(scores.masked_fill(keep, torch.inf))
         chosen = lowest(torch.cat(parts), count, update.stream("", "drop ties")).split([p.numel() for p in parts])

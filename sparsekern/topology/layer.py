@@ -63,6 +63,10 @@ class Layer:
         """bool [blocks]."""
         return self.layout.block_mask().flatten()
 
+    def places(self) -> Tensor:
+        """int64 [nnz], ascending: positions of the stored blocks in the grid."""
+        return self.layout.slots()[: self.nnz]
+
     def magnitude(self, by: str, stream: Stream) -> Tensor:
         """Drop scores [capacity] in fp32, NaN at spare slots: of one element on average, so that layers compare.
 
@@ -82,6 +86,8 @@ class Layer:
                     "after optimizer.step() and before optimizer.zero_grad()"
                 )
             scores = (values * self.values.grad.float()).abs().mean((1, 2))
+        elif self.grid.block == (1, 1):  # all norms are |w|
+            scores = values.flatten().abs()
         elif by == "linf":
             scores = values.abs().amax((1, 2))
         elif by == "l2":

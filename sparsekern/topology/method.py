@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekern.topology.layer import DROP_BY, Layer
-from sparsekern.topology.select import best, highest, lowest, positions, random_positions, rank_within
+from sparsekern.topology.select import best, highest, lowest, positions, random_free, rank_within
 from sparsekern.topology.streams import Stream
 
 DROP_SCHEDULES = ("cosine", "linear", "constant")
 SCOPES = ("layer", "global")
+
+# Added to the scores of blocks that minima protect: far above any weight, and in fp64 it leaves 2e-10 of the scores.
+PROTECTED = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ class Method:
         """Raise ``ValueError`` where the method does not fit the layers."""
         if self.drop_by == "signed" and any(layer.grid.block != (1, 1) for layer in layers.values()):
             raise ValueError("drop_by='signed': expected blocks of 1x1 (a block has no sign), use 'l1'")
+        if self.drop_by == "signed" and self.scope != "layer":
+            raise ValueError(f"drop_by='signed': expected scope='layer' (a share of each layer), got {self.scope!r}")
 
     def observe(self, layer: Layer, found: Tensor, memory: dict[str, Any]) -> None:
         """See what a probe collected in one step, for methods with ``probe_always``."""
@@ -179,12 +185,12 @@ class DropAndGrow(Method):
         """Places int64 [count] of new blocks: random ones."""
         stream = update.stream(layer.name, "grow")
         if not (self.min_per_row or self.min_per_col):
-            return random_positions(~layer.stored(), layer.free, count, stream)
-        return self.best_places(update, layer, drop, count, stream.uniform(layer.grid.blocks, layer.device))
+            return random_free(layer.places(), layer.grid.blocks, count, stream)
+        scores = stream.uniform(layer.grid.blocks, layer.device).masked_fill(layer.stored(), -torch.inf)
+        return self.best_places(update, layer, drop, count, scores)
 
     def best_places(self, update: Update, layer: Layer, drop: Tensor, count: int, scores: Tensor) -> Tensor:
-        """Places int64 [count] of the highest ``scores`` [blocks] where nothing is stored, minima first."""
-        scores = scores.masked_fill(layer.stored(), torch.nan)
+        """Places int64 [count] of the highest ``scores`` [blocks], -inf at stored blocks; minima first."""
         if self.min_per_row or self.min_per_col:
             scores = self._minima_first(layer, drop, scores)
         return positions(highest(scores, count, update.stream(layer.name, "ties")), count)
@@ -192,17 +198,23 @@ class DropAndGrow(Method):
     # -- what goes -------------------------------------------------------------------------------------------------
 
     def drop_scores(self, update: Update, layer: Layer) -> Tensor:
-        """[capacity]; NaN at spare slots, +inf at blocks that the minima per row and column protect."""
+        """[capacity]; NaN at spare slots, lifted above all others at blocks that the minima per row and column protect.
+
+        Where more blocks have to go than are not protected, protected ones follow by their own scores.
+        """
         scores = layer.magnitude(self.drop_by, update.stream(layer.name, "drop"))
+        if not (self.min_per_row or self.min_per_col):
+            return scores
+        scores, used = scores.double(), layer.used()
+        protected = torch.zeros_like(used)
         for key, keys, least in (
             (layer.row_of_slot(), layer.grid.rows, self.min_per_row),
             (layer.column_of_slot(), layer.grid.t_rows, self.min_per_col),
         ):
-            if least:
-                # Spare slots claim to be in row 0, but rank behind every stored block.
-                protected = (rank_within(key, scores, keys) < least) & layer.used()
-                scores = scores.masked_fill(protected, torch.inf)
-        return scores
+            # Spare slots claim to be in row 0, but rank behind every stored block. What the rows protect counts first
+            # for the columns: fewer blocks are protected in all.
+            protected |= (rank_within(key, scores + PROTECTED * protected, keys) < least) & used
+        return scores + PROTECTED * protected
 
     def _layer_drops(self, update: Update) -> dict[str, tuple[Tensor, int]]:
         drops = {}
@@ -244,14 +256,31 @@ class DropAndGrow(Method):
         return drop, sum(counts)
 
     def _minima_first(self, layer: Layer, drop: Tensor, scores: Tensor) -> Tensor:
-        kept = layer.used() & ~drop
-        for of_slot, of_block, keys, least in (
-            (layer.row_of_slot(), layer.row_of_block, layer.grid.rows, self.min_per_row),
-            (layer.column_of_slot(), layer.column_of_block, layer.grid.t_rows, self.min_per_col),
-        ):
-            if least:
-                have = torch.zeros(keys, dtype=torch.int64, device=scores.device).scatter_add_(0, of_slot, kept.long())
-                missing = (least - have).clamp(min=0)
-                needed = rank_within(of_block, scores, keys) < missing[of_block]
-                scores = scores.masked_fill(needed & ~scores.isnan(), torch.inf)
-        return scores
+        """``scores`` with +inf where block rows, and then block columns, that are short of their minimum take a place.
+
+        One place at a time, the best one, for rows in a column that is short too if there is one: gradients of one
+        column are often the largest of every row. (Host sync.)
+        """
+        _, _, t, ib = shape = layer.grid.shape
+        best = scores.double().cpu().numpy().reshape(shape)
+        kept = torch.zeros(layer.grid.blocks + 1, dtype=torch.bool, device=scores.device)
+        kept.scatter_(0, layer.layout.slots(), layer.used() & ~drop)
+        have = kept[:-1].cpu().numpy().reshape(shape).copy()
+        taken = np.zeros(shape, dtype=bool)
+
+        def take(place: tuple[int, ...]) -> None:
+            have[place] = taken[place] = True
+
+        for g, row in np.argwhere(have.sum((2, 3)) < self.min_per_row):
+            while have[g, row].sum() < self.min_per_row and (open_ := (best[g, row] > -np.inf) & ~have[g, row]).any():
+                helps = have[g].sum((0, 1)) < self.min_per_col
+                tap, column = divmod(int(np.where(open_, best[g, row] + PROTECTED * helps, -np.inf).argmax()), ib)
+                take((g, row, tap, column))
+        for g, column in np.argwhere(have.sum((1, 2)) < self.min_per_col):
+            line = best[g, :, :, column]
+            while (mine := have[g, :, :, column]).sum() < self.min_per_col and (
+                open_ := (line > -np.inf) & ~mine
+            ).any():
+                row, tap = divmod(int(np.where(open_, line, -np.inf).argmax()), t)
+                take((g, row, tap, column))
+        return scores.masked_fill(torch.from_numpy(taken.reshape(-1)).to(scores.device), torch.inf)

@@ -120,6 +120,8 @@ class TopologyScheduler:
         self.last_update = None
         if self._pending or self.method.due(self.steps, self.total_steps):
             self._pending = not self._update()
+        elif self.steps % self.method.update_every == 0:
+            self._check_ranks(f"after step {self.steps}")
         self._arm()
         return self.last_update
 
@@ -160,10 +162,12 @@ class TopologyScheduler:
         nnz_before = self._nnz()
         changes = self.method.changes(update)
         self._check_changes(changes)
+        for name in changes:  # raises before anything has moved
+            block_state(self.optimizer, self.layers[name].values)
         slot_maps = {name: self._apply(self.layers[name], change) for name, change in changes.items()}
         for name, layer in self.layers.items():
             if name not in changes:  # its blocks were kept too
-                exploration.record(layer, layer.stored())
+                exploration.record(layer, layer.stored(), layer.stored())
         compacted = self.method.compacts(nnz_before, update)
         if compacted:
             for name, layer in self.layers.items():
@@ -186,15 +190,14 @@ class TopologyScheduler:
         return True
 
     def _apply(self, layer: Layer, change: Change) -> Tensor:
-        layout, blocks = layer.layout, layer.grid.blocks
-        before = layer.stored()
-        mask = torch.zeros(blocks + 1, dtype=torch.bool, device=layer.device)
+        mask = torch.zeros(layer.grid.blocks + 1, dtype=torch.bool, device=layer.device)
         # Spare slots point past the last block.
-        mask.scatter_(0, layout.slots(), layer.used() & ~change.drop)
+        mask.scatter_(0, layer.layout.slots(), layer.used() & ~change.drop)
+        kept = mask[:-1].clone()
         mask.index_fill_(0, change.grow, True)
         slot_map = move_blocks_(layer.module, self.optimizer, mask[:-1])
         layer.nnz += change.grown - change.dropped
-        exploration.record(layer, before)
+        exploration.record(layer, kept, mask[:-1])
         return slot_map
 
     def _check_changes(self, changes: Mapping[str, Change]) -> None:
@@ -308,6 +311,7 @@ class TopologyScheduler:
             layer.explored = exploration.unpack(saved["explored"], layer.grid.blocks, layer.device)
             layer.reliable = exploration.unpack(saved["reliable"], layer.grid.blocks, layer.device)
         self.steps, self.updates, self._pending = state["steps"], state["updates"], state["pending"]
+        self.last_update = None
         device = next(iter(self.layers.values())).device
         self.memory = {
             key: item.to(device, copy=True) if isinstance(item, Tensor) else item

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, DropAndGrow, Method, Update
-from sparsekern.topology.select import random_positions
+from sparsekern.topology.select import random_free
 
 GROWTH = ("random", "unexplored")
 
@@ -54,8 +54,8 @@ class SET(DropAndGrow):
         if self.growth == "random":
             return super().grow(update, layer, drop, count)
         stream = update.stream(layer.name, "grow")
-        new = ~layer.explored
-        fresh = int(new.sum())
-        first = random_positions(new, fresh, min(count, fresh), stream)
-        seen = layer.explored & ~layer.stored()
-        return torch.cat([first, random_positions(seen, layer.free - fresh, count - first.numel(), stream)])
+        explored, blocks = layer.explored.nonzero().flatten(), layer.grid.blocks
+        fresh = blocks - explored.numel()
+        first = random_free(explored, blocks, min(count, fresh), stream)
+        taken = (~layer.explored | layer.stored()).nonzero().flatten()
+        return torch.cat([first, random_free(taken, blocks, count - first.numel(), stream)])

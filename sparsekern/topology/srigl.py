@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, Update
 from sparsekern.topology.rigl import RigL
-from sparsekern.topology.select import highest, positions, rank_within
+from sparsekern.topology.select import highest, positions, rank_within, stable_order
 from sparsekern.topology.streams import Stream
 
 
@@ -62,7 +62,7 @@ class SRigL(RigL):
         grid, used = layer.grid, layer.used()
         width = grid.blocks // grid.rows
         row_of_slot, row_of_block = layer.row_of_slot(), layer.row_of_block
-        gradient = update.found[layer.name].masked_fill(layer.stored(), torch.nan)
+        gradient = update.found[layer.name]  # -inf at stored blocks
         stored, kept = _count(row_of_slot, used, grid.rows), _count(row_of_slot, used & ~drop, grid.rows)
         candidates = highest(gradient, count, update.stream(layer.name, "ties"))
         salient = kept + _count(row_of_block, candidates, grid.rows)
@@ -83,8 +83,8 @@ class SRigL(RigL):
         rank = rank_within(row_of_slot, _kept_first(layer, self.drop_scores(update, layer), drop), grid.rows)
         dropped = used & (rank >= stay[row_of_slot])
         gone = int(dropped.sum())
-        shuffled = _rank_shuffled(row_of_block, gradient, grid.rows, update.stream(layer.name, "grow"))
-        return Change(dropped, positions(shuffled < (fan - stay)[row_of_block], gone), gone, gone)
+        new = _highest_of_rows(gradient.view(grid.rows, width), fan - stay, update.stream(layer.name, "grow"))
+        return Change(dropped, positions(new.flatten(), gone), gone, gone)
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         super().check(layers)
@@ -100,13 +100,26 @@ def _count(key: Tensor, mask: Tensor, keys: int) -> Tensor:
 def _kept_first(layer: Layer, scores: Tensor, drop: Tensor) -> Tensor:
     """float64 [capacity]: the order of ``scores``, but all kept blocks above all dropped ones; NaN at spare slots."""
     place = torch.empty_like(layer.row_of_slot())
-    place[torch.argsort(scores, stable=True)] = torch.arange(place.numel(), device=place.device)
+    place[stable_order(scores)] = torch.arange(place.numel(), device=place.device)
     return (place + place.numel() * ~drop).double().masked_fill(~layer.used(), torch.nan)
 
 
-def _rank_shuffled(key: Tensor, scores: Tensor, keys: int, stream: Stream) -> Tensor:
-    """:func:`rank_within` with ties in random order: where gradients are zero, first columns are no better."""
-    order = torch.argsort(stream.uniform(key.numel(), key.device))
-    rank = torch.empty_like(key)
-    rank[order] = rank_within(key[order], scores[order], keys)
-    return rank
+def _highest_of_rows(scores: Tensor, counts: Tensor, stream: Stream) -> Tensor:
+    """bool [rows, width]: of each row as many of the highest ``scores`` as ``counts`` [rows] says.
+
+    Ties are broken at random: where gradients are zero, first columns are no better.
+    """
+    falling = scores.topk(max(1, int(counts.max())), dim=1).values
+    threshold = falling.gather(1, (counts - 1).clamp(min=0)[:, None])
+    chosen = (scores > threshold) & (counts > 0)[:, None]
+    tied = (scores == threshold) & (counts > 0)[:, None]
+    order = stream.uniform(scores.numel(), scores.device).view_as(scores)
+    row, column = tied.nonzero(as_tuple=True)
+    by_order = torch.argsort(order[row, column], stable=True)
+    by_row = by_order[torch.argsort(row[by_order], stable=True)]
+    row, column = row[by_row], column[by_row]
+    first = torch.searchsorted(row, torch.arange(scores.shape[0], device=row.device))
+    wanted = counts - chosen.sum(1)
+    taken = torch.arange(row.numel(), device=row.device) - first[row] < wanted[row]
+    chosen[row[taken], column[taken]] = True
+    return chosen
