@@ -51,6 +51,7 @@ def _field(default: Any, group: str, help: str, **rules: Any) -> Any:
 
 _MODEL, _OPTIM, _SPARSE, _RUN = "Model and data", "Optimization", "Sparsity", "Run"
 _DYNAMIC = "Dynamic sparsity"
+_CHANNELS = "Channel pruning (see sparsekern slim)"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,16 @@ class TrainConfig:
     )
     label_smoothing: float = _field(0.0, _OPTIM, "Label smoothing of the training loss.", low=0.0, below=1.0)
     clip_norm: float = _field(0.0, _OPTIM, "Clip the gradient norm to this; 0 is off.", low=0.0)
+
+    slimming: float = _field(
+        0.0, _CHANNELS, "L1 penalty on batch-norm scales: network slimming (1e-4 VGG, 1e-5 ResNet).", low=0.0
+    )
+    block_penalty: float = _field(
+        0.0, _CHANNELS, "L1 penalty on a scale of every residual block: sparse structure selection.", low=0.0
+    )
+    soft_filters: float = _field(
+        0.0, _CHANNELS, "Fraction of filters zeroed after every epoch: soft filter pruning.", low=0.0, below=1.0
+    )
 
     sparsity: float = _field(0.9, _SPARSE, "Fraction of weights (or MACs) removed; 0 trains dense.", low=0.0, below=1.0)
     block: int | tuple[int, int] | str = _field(

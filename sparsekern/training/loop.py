@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.training.callbacks import Callback
+from sparsekern.training.channel_training import channel_training
 from sparsekern.training.checkpoint import (
     load_newest,
     rng_state,
@@ -161,7 +162,8 @@ class _Run:
         self.network, plan = self._build(saved)
         self.optimizer = make_optimizer(self.network.model, config)
         self.topology = build_topology(self.network.model, self.network.plan, self.optimizer, config, self.total)
-        self.step = Step(self.network.model, self.optimizer, config, topology=self.topology)
+        self.channels = channel_training(self.network.model, config, self.task.example(self.device))
+        self.step = Step(self.network.model, self.optimizer, config, topology=self.topology, channels=self.channels)
         self.factor = schedule(
             config.schedule,
             self.total,
@@ -244,6 +246,8 @@ class _Run:
             self.task.train.load_state_dict(saved["data"])
             if self.topology is not None:
                 self.topology.load_state_dict(saved["topology"])
+            if self.channels is not None:
+                self.channels.load_state_dict(saved["channels"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint of step {saved['step']} does not fit this run: {error}") from None
         self.step_number = self.resumed_from = saved["step"]
@@ -383,6 +387,8 @@ class _Run:
         return {**means, "total": sum(means.values())}
 
     def _end_epoch(self) -> None:
+        if self.channels is not None:
+            self.channels.end_epoch()
         loss, accuracy = self.epoch.means()
         self.epoch = _Sums.zero(self.device)
         self.last.update(train_loss=loss, train_acc=accuracy)
@@ -469,6 +475,7 @@ class _Run:
             "plan": self.network.plan,
             "optimizer": self.optimizer.state_dict(),
             "topology": None if self.topology is None else self.topology.state_dict(),
+            "channels": None if self.channels is None else self.channels.state_dict(),
             "data": self.task.train.state_dict(),
             "rng": rng_state(),
             "metrics_offset": self.metrics.sync(),
@@ -488,6 +495,8 @@ class _Run:
         raise Interrupted(f"{self._prefix()}stopped at step {self.step_number} of {self.total}", self.folder, number)
 
     def _finish(self) -> TrainResult:
+        if self.channels is not None:
+            self.channels.finish()
         if self.topology is not None:
             # Blocks have moved: what the plan says of densities, parameters and MACs is of the first step.
             example = self.task.example(self.device)

@@ -268,7 +268,7 @@ class _Slim:
         lr: float | None,
         cap: float | None,
     ) -> TrainResult:
-        config = self.source.config.dense(snapshots=())
+        config = self.source.config.dense(snapshots=(), slimming=0.0, block_penalty=0.0, soft_filters=0.0)
         if name == "finetune":
             config = budgets.finetune(dataclasses.replace(config, init=str(self.folder / "model.pt")), epochs, lr)
         else:

@@ -14,6 +14,7 @@ from sparsekern.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from sparsekern.topology import TopologyScheduler, UpdateRecord
+    from sparsekern.training.channel_training import ChannelTraining
 
 PHASES = ("forward", "backward", "optimizer", "topology")
 
@@ -34,6 +35,7 @@ class Step:
     Args:
         model: the model, not compiled.
         topology: moves stored blocks.
+        channels: penalties on scales of channels and blocks.
         synchronize: on CUDA, wait for the device between the phases so that their times are true.
     """
 
@@ -44,12 +46,14 @@ class Step:
         config: TrainConfig,
         *,
         topology: TopologyScheduler | None = None,
+        channels: ChannelTraining | None = None,
         synchronize: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.topology = topology
+        self.channels = channels
         self.device = next(model.parameters()).device
         self._parameters = list(model.parameters())
         self._forward = torch.compile(model) if config.compile else model
@@ -67,10 +71,14 @@ class Step:
         loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
         forward = self._now()
         loss.backward()
+        if self.channels is not None:
+            self.channels.after_backward()
         backward = self._now()
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm)
         self.optimizer.step()
+        if self.channels is not None:
+            self.channels.after_step(self.optimizer.param_groups[0]["lr"])
         stepped = self._now()
         update = self._move_blocks() if self.topology is not None else None
         moved = self._now() if self.topology is not None else stepped
