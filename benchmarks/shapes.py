@@ -264,9 +264,11 @@ TOPOLOGY_SUITES: dict[str, tuple[tuple[str, tuple[int, int, int], int, tuple[int
         ("mlp-48-48", (1, 8, 8), 16, (4,), TOPOLOGY_METHODS),
         ("wrn-10-1", (3, 8, 8), 4, (1,), ("set", "rigl", "snfs")),
     ),
-    "quick": (("mlp-1024-1024", _MNIST, 128, (16,), ("set", "rigl")),),
+    "quick": (("mlp", _MNIST, 512, (16,), ("set", "rigl")),),
+    # Nets and batches of the training steps above; a small batch shows what an update costs where steps are short.
     "full": (
-        ("mlp-1024-1024", _MNIST, 128, (1, 8, 16), TOPOLOGY_METHODS),
+        ("mlp", _MNIST, 512, (1, 8, 16), TOPOLOGY_METHODS),
+        ("mlp", _MNIST, 128, (1, 8, 16), ("set", "rigl")),
         ("wrn-16-4", _CIFAR, 32, (1, 8, 16), TOPOLOGY_METHODS),
     ),
 }
