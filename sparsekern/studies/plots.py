@@ -41,7 +41,7 @@ def draw_accuracy(summary: Summary, path: Path) -> bool:
         _level(axis, summary.row(SMALL, sparsity), "dense, narrower", "0.5", "--")
         axis.set_xticks(places, study.blocks)
         axis.set(title=f"sparsity {sparsity:g}", xlabel="block", ylabel="test accuracy [%]")
-        _finish(axis)
+    _finish(figure, len(study.methods) + 2)
     figure.savefig(path, dpi=120)
     return True
 
@@ -74,7 +74,7 @@ def draw_exploration(summary: Summary, path: Path) -> bool:
                 )  # fmt: skip
         axis.set(title=f"sparsity {sparsity:g}", xlabel="step", ylabel="$R_s$: weights stored at some time")
         axis.set_ylim(0, 1.02)
-        _finish(axis)
+    _finish(figure, len(study.blocks))
     figure.savefig(path, dpi=120)
     return True
 
@@ -106,6 +106,9 @@ def _figure(summary: Summary) -> Any:
     return figure
 
 
-def _finish(axis: Any) -> None:
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+def _finish(figure: Any, columns: int) -> None:
+    """Grids, and one legend below all panels, where it hides no line."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    entries = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, fontsize=7)
