@@ -10,7 +10,6 @@ one tensor, a topology update rewrites contents only, and ``module.to(...)`` mov
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -53,6 +52,8 @@ class BlockGrid:
         rows: block rows over all groups.
         t_rows: rows of the transposed layout: block columns over all groups.
         blocks: blocks of the full grid, stored or not.
+        unions: panels of neighbouring block rows of one group, see :attr:`IndexView.union`; 0 if the layout keeps none.
+        t_unions: the same for the transpose.
     """
 
     weight_shape: tuple[int, ...]
@@ -64,6 +65,8 @@ class BlockGrid:
     rows: int = field(init=False, repr=False, compare=False)
     t_rows: int = field(init=False, repr=False, compare=False)
     blocks: int = field(init=False, repr=False, compare=False)
+    unions: int = field(init=False, repr=False, compare=False)
+    t_unions: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         weight, (bo, bi) = tuple(int(n) for n in self.weight_shape), as_block(self.block)
@@ -77,6 +80,7 @@ class BlockGrid:
             raise ValueError(f"groups: a linear weight has 1 group, got {self.groups}")
         taps = (weight[2], weight[3]) if len(weight) == 4 else (1, 1)
         ob, ib = -(-weight[0] // self.groups // bo), -(-weight[1] // bi)
+        panel, t_panel = union_rows(bo), union_rows(bi)
         for name, value in (
             ("weight_shape", weight),
             ("block", (bo, bi)),
@@ -85,6 +89,8 @@ class BlockGrid:
             ("rows", self.groups * ob),
             ("t_rows", self.groups * ib),
             ("blocks", self.groups * ob * taps[0] * taps[1] * ib),
+            ("unions", self.groups * -(-ob // panel) if panel else 0),
+            ("t_unions", self.groups * -(-ib // t_panel) if t_panel else 0),
         ):
             object.__setattr__(self, name, value)
 
@@ -95,18 +101,6 @@ class BlockGrid:
     @property
     def in_per_group(self) -> int:
         return self.weight_shape[1]
-
-    @property
-    def unions(self) -> int:
-        """Panels of neighbouring block rows of one group, see :attr:`IndexView.union`; 0 if the layout keeps none."""
-        panel = union_rows(self.block[0])
-        return self.groups * -(-self.shape[1] // panel) if panel else 0
-
-    @property
-    def t_unions(self) -> int:
-        """The same for the transpose."""
-        panel = union_rows(self.block[1])
-        return self.groups * -(-self.shape[3] // panel) if panel else 0
 
     def index_size(self, capacity: int) -> int:
         """Elements of the packed buffer for ``capacity`` block slots."""
@@ -193,24 +187,23 @@ class IndexOffsets:
     end: int
 
 
+def _index_sizes(grid: BlockGrid, capacity: int) -> tuple[int, ...]:
+    """Lengths of the arrays of :class:`IndexView`. Not cached: ``torch.compile`` traces it with masked layers."""
+    rows, t_rows, unions, t_unions = grid.rows, grid.t_rows, grid.unions, grid.t_unions
+    united = (unions + 1, capacity) if unions else (0, 0)
+    t_united = (t_unions + 1, capacity) if t_unions else (0, 0)
+    return (rows + 1, capacity, capacity, t_rows + 1, capacity, capacity, rows, t_rows, *united, *t_united)
+
+
 @functools.lru_cache(maxsize=8192)
 def index_offsets(grid: BlockGrid, capacity: int) -> IndexOffsets:
     """Offsets into the packed buffer of a layout of ``grid`` with ``capacity`` slots."""
-    sizes = [grid.rows + 1, capacity, capacity, grid.t_rows + 1, capacity, capacity, grid.rows, grid.t_rows]
-    for panels in (grid.unions, grid.t_unions):
-        sizes += [panels + 1, capacity] if panels else [0, 0]
-    return IndexOffsets(0, *itertools.accumulate(sizes))
+    return IndexOffsets(0, *itertools.accumulate(_index_sizes(grid, capacity)))
 
 
 def index_view(grid: BlockGrid, index: Tensor) -> IndexView:
     """Views over ``index`` (int32, 1-D); the capacity follows from its length."""
     return IndexView(*torch.split(index, _index_sizes(grid, capacity_of(grid, index))))
-
-
-@functools.lru_cache(maxsize=8192)
-def _index_sizes(grid: BlockGrid, capacity: int) -> list[int]:
-    """Lengths of the arrays of :class:`IndexView`."""
-    return [b - a for a, b in itertools.pairwise(dataclasses.astuple(index_offsets(grid, capacity)))]
 
 
 def capacity_of(grid: BlockGrid, index: Tensor) -> int:

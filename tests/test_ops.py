@@ -202,6 +202,33 @@ def test_compile_with_inductor():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_masked_layers_compile_in_one_graph_without_a_warning(kind, holes):
+    """Their layout is read inside the graph: nothing in it may be cached or be opaque to the tracer."""
+    torch._dynamo.reset()
+    if kind == "linear":
+        dense, x = torch.nn.Linear(40, 48), torch.randn(5, 40)
+        make = sk.SparseLinear.from_dense
+    else:
+        dense, x = torch.nn.Conv2d(16, 32, 3, padding=1, groups=2), torch.randn(2, 16, 5, 5)
+        make = sk.SparseConv2d.from_dense
+    mask = torch.rand(dense.weight.shape) < 0.5 if holes else torch.ones(dense.weight.shape, dtype=torch.bool)
+    mask[:16] = False
+    layer = make(dense, mask, 16)
+    layer.masked = True
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    with torch.no_grad():
+        dense.weight.mul_(mask)
+    for function, weight in ((compiled, layer.values), (dense, dense.weight)):
+        y = function(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), weight)
+        results.append((y, gradient if weight is layer.values else layer.layout.from_dense(gradient * mask)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_export():
     layer = sk.SparseLinear(32, 16, sparsity=0.5, block=4)
     program = torch.export.export(layer, (torch.randn(5, 32),))
