@@ -187,12 +187,12 @@ class IndexOffsets:
     end: int
 
 
-def _index_sizes(grid: BlockGrid, capacity: int) -> tuple[int, ...]:
+def _index_sizes(grid: BlockGrid, capacity: int) -> list[int]:
     """Lengths of the arrays of :class:`IndexView`. Not cached: ``torch.compile`` traces it with masked layers."""
     rows, t_rows, unions, t_unions = grid.rows, grid.t_rows, grid.unions, grid.t_unions
     united = (unions + 1, capacity) if unions else (0, 0)
     t_united = (t_unions + 1, capacity) if t_unions else (0, 0)
-    return (rows + 1, capacity, capacity, t_rows + 1, capacity, capacity, rows, t_rows, *united, *t_united)
+    return [rows + 1, capacity, capacity, t_rows + 1, capacity, capacity, rows, t_rows, *united, *t_united]
 
 
 @functools.lru_cache(maxsize=8192)

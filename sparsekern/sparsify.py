@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern import allocation, cost, matching, tracing
+from sparsekern import allocation, cost, handover, matching, tracing
 from sparsekern.backends import ConvGeometry, OpDesc, choice, get
 from sparsekern.backends import candidates as backend_candidates
 from sparsekern.config import SparsityConfig
@@ -356,21 +356,25 @@ class Planner:
 
     def carry_out(self, result: Plan, optimizer: torch.optim.Optimizer | None) -> None:
         modules = {c.name: c.module for c in self.candidates}
-        swapped: dict[nn.Parameter, tuple[nn.Parameter, SparseModule, bool]] = {}
+        swapped: list[tuple[nn.Module, SparseModule]] = []
         if self.pruned:
             _remove_prune(self.model, list(self.pruned))
         for layer in result.layers:
             if layer.name not in self.grids or layer.state == "dense":
                 continue
             dense = modules[layer.name]
-            weight = dense._parameters["weight"]
-            assert weight is not None
             sparse = self._build(layer, dense)
             sparse.masked = layer.state == "masked"
             replace_module(self.model, dense, sparse)
-            swapped[weight] = (sparse.values, sparse, matching.is_conv1d(dense))
+            swapped.append((dense, sparse))
         if optimizer is not None and swapped:
-            _hand_over(optimizer, swapped)
+            if not handover.holds(optimizer, (dense for dense, _ in swapped)):
+                raise ValueError(
+                    "optimizer: expected one that holds the model's weights, got one with none of them; pass the one "
+                    "that was built from this model"
+                )
+            for dense, sparse in swapped:
+                handover.to_stored(optimizer, dense, sparse)
         ignore_in_ddp(self.model)
 
     def _build(self, layer: LayerPlan, dense: nn.Module) -> SparseModule:
@@ -431,27 +435,6 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = new
-
-
-def _hand_over(
-    optimizer: torch.optim.Optimizer, swapped: Mapping[nn.Parameter, tuple[nn.Parameter, SparseModule, bool]]
-) -> None:
-    """Replace swapped weights in the optimizer; state of the weight's shape is cut to the stored blocks."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not any(old in held for old in swapped):
-        raise ValueError(
-            "optimizer: expected one that holds the model's weights, got one with none of them; pass the one that "
-            "was built from this model"
-        )
-    for group in optimizer.param_groups:
-        group["params"] = [swapped[p][0] if p in swapped else p for p in group["params"]]
-    for old, (values, module, transposed) in swapped.items():
-        state = optimizer.state.pop(old, None)
-        if state:
-            for key, item in state.items():
-                if isinstance(item, Tensor) and item.shape == old.shape:
-                    state[key] = module.layout.from_dense(item.t() if transposed else item)
-            optimizer.state[values] = state
 
 
 def ignore_in_ddp(model: nn.Module) -> None:

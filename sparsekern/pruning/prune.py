@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern import handover
 from sparsekern.allocation.scores import LossFn
 from sparsekern.config import Selector, SparsityConfig
 from sparsekern.matching import Candidate
@@ -119,15 +120,19 @@ def apply_masks_(
                     swapped.append((c.module, dense))
         planner = _Planner(model, wanted, blocks, example_input, below_break_even)
         result = planner.plan()
-        if optimizer is not None and planner.grids:
-            _check_holds(optimizer, [c for c in chosen if c.name in planner.grids])
+        pruned = [c.module for c in chosen if c.name in planner.grids]
+        if optimizer is not None and pruned and not handover.holds(optimizer, pruned):
+            raise ValueError(
+                "optimizer: expected one that holds the weights to prune, got one with none of them; pass the one that "
+                "was built from this model"
+            )
     except BaseException:
         for sparse, dense in swapped:
             replace_module(model, dense, sparse)
         raise
     if optimizer is not None:
         for sparse, dense in swapped:
-            _back_to_dense(optimizer, sparse, dense)
+            handover.to_dense(optimizer, sparse, dense)
     planner.carry_out(result, optimizer)
     return result
 
@@ -151,16 +156,6 @@ class _Planner(Planner):
         return self.blocks[c.name]
 
 
-def _check_holds(optimizer: torch.optim.Optimizer, pruned: Sequence[Candidate]) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    key = {True: "values", False: "weight"}
-    if not any(id(c.module._parameters[key[isinstance(c.module, SparseModule)]]) in held for c in pruned):
-        raise ValueError(
-            "optimizer: expected one that holds the weights to prune, got one with none of them; pass the one that was "
-            "built from this model"
-        )
-
-
 def _checked(c: Candidate, mask: Tensor) -> Tensor:
     """The mask as the layer's dense twin takes it."""
     weight: Any = c.module.weight
@@ -173,18 +168,3 @@ def _checked(c: Candidate, mask: Tensor) -> Tensor:
             "brings them back as zeros"
         )
     return mask.t() if getattr(c.module, "transposed_origin", False) else mask
-
-
-def _back_to_dense(optimizer: torch.optim.Optimizer, sparse: SparseModule, dense: nn.Module) -> None:
-    """The dense weight takes the place of the stored blocks in groups and state."""
-    weight = dense._parameters["weight"]
-    assert weight is not None
-    for group in optimizer.param_groups:
-        group["params"] = [weight if p is sparse.values else p for p in group["params"]]
-    state = optimizer.state.pop(sparse.values, None)
-    if state:
-        for key, item in state.items():
-            if isinstance(item, Tensor) and item.shape == sparse.values.shape:
-                full = sparse.layout.to_dense(item)
-                state[key] = full.t().contiguous() if getattr(sparse, "transposed_origin", False) else full
-        optimizer.state[weight] = state

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern import handover
 from sparsekern.layout import BlockGrid, BlockLayout
 from sparsekern.matching import check_unwrapped, is_conv1d
 from sparsekern.nn import SparseModule
@@ -120,34 +121,16 @@ def redense_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             "or wrap it again"
         ) from None
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
-    if optimizer is not None and sparse:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(module.values) in held for module in sparse.values()):
-            raise ValueError(
-                "redense_: expected an optimizer that holds the model's sparse weights, got one with none of them; "
-                "pass the one that was built from this model"
-            )
+    if optimizer is not None and sparse and not handover.holds(optimizer, sparse.values()):
+        raise ValueError(
+            "redense_: expected an optimizer that holds the model's sparse weights, got one with none of them; pass "
+            "the one that was built from this model"
+        )
     densify_(model)
     if optimizer is not None:
         for name, module in sparse.items():
-            weight = model.get_submodule(name)._parameters["weight"]
-            assert weight is not None
-            _hand_over(optimizer, module, weight)
+            handover.to_dense(optimizer, module, model.get_submodule(name))
     return model
-
-
-def _hand_over(optimizer: torch.optim.Optimizer, module: SparseModule, weight: nn.Parameter) -> None:
-    """Put the dense ``weight`` in the place of ``module.values``, and widen its state."""
-    for group in optimizer.param_groups:
-        group["params"] = [weight if p is module.values else p for p in group["params"]]
-    state = optimizer.state.pop(module.values, None)
-    if not state:
-        return
-    for key, item in state.items():
-        if isinstance(item, Tensor) and item.shape == module.values.shape:
-            dense = module.layout.to_dense(item)
-            state[key] = dense.t().contiguous() if _transposed(module) else dense
-    optimizer.state[weight] = state
 
 
 # -- states ------------------------------------------------------------------------------------------------------------
