@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from sparsekern import cost
 from sparsekern.cli import main
 from sparsekern.training import Callback, ConfigError, Interrupted, TrainConfig, load_model, sparse_lr_factor, train
 from sparsekern.training.checkpoint import checkpoint_files, load_checkpoint
@@ -207,6 +208,13 @@ def test_gradual_pruning_goes_from_many_blocks_to_those_of_the_plan(initial: flo
     for step, sparsity_before in ((1, 1 - sum(begin.values()) / 128), (26, 1 - sum(stored_at(layers[25])) / 128)):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / 45))
         assert rates[step] == pytest.approx(0.1 * cosine * sparse_lr_factor(sparsity_before))
+
+
+def test_layers_that_the_plan_masks_stay_masked_when_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "pays", lambda speedup, source: False)
+    config = config_of("gradual", below_break_even="masked", sparse_below=0.9, checkpoint_every=0)
+    layers = [m for m in train(config).model.modules() if isinstance(m, sk.SparseLinear)]
+    assert len(layers) == 2 and all(m.masked and m.values.shape[0] == m.layout.nnz < 64 for m in layers)
 
 
 def stored_at(layers: dict[str, sk.SparseLinear]) -> list[int]:

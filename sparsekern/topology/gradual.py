@@ -39,6 +39,7 @@ class GradualMagnitude(DropAndGrow):
         compact_at: shares of the pruning done, such as (0.5, 0.75, 0.9, 1.0), after which spare slots are given back.
         sparse_below: masked layers (dense compute on the materialised weight, the faster way near density 1) compute
             sparsely from the compaction point on where their density is at most this; 0 leaves them.
+        always_masked: layers that ``sparse_below`` leaves masked, as sparse compute never pays for them.
 
     ``drop_fraction``, ``stop_fraction`` and ``drop_schedule`` mean nothing here and have to stay at their defaults.
 
@@ -52,6 +53,7 @@ class GradualMagnitude(DropAndGrow):
     end: float = 0.75
     compact_at: tuple[float, ...] = ()
     sparse_below: float = 0.0
+    always_masked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,11 +78,17 @@ class GradualMagnitude(DropAndGrow):
         if not 0.0 <= self.sparse_below <= 1.0:
             raise ValueError(f"{who}: sparse_below: expected a density within [0, 1], got {self.sparse_below!r}")
         object.__setattr__(self, "compact_at", tuple(sorted(self.compact_at)))
+        object.__setattr__(self, "always_masked", tuple(self.always_masked))
 
     def check(self, layers: Mapping[str, Layer]) -> None:
         super().check(layers)
         if self.scope == "global":
             check_same_block(f"{type(self).__name__}(scope='global')", layers)
+        if unknown := [name for name in self.always_masked if name not in layers]:
+            raise ValueError(
+                f"{type(self).__name__}: always_masked: expected names of sparse layers ({', '.join(layers)}), got "
+                f"{unknown[0]!r}"
+            )
         self._finals(layers)
 
     # -- when ------------------------------------------------------------------------------------------------------
@@ -187,6 +195,6 @@ class GradualMagnitude(DropAndGrow):
         return any(was < share <= now for share in self.compact_at)
 
     def compacted(self, layers: Mapping[str, Layer]) -> None:
-        for layer in layers.values():
-            if layer.nnz <= self.sparse_below * layer.grid.blocks:
+        for name, layer in layers.items():
+            if name not in self.always_masked and layer.nnz <= self.sparse_below * layer.grid.blocks:
                 layer.module.masked = False

@@ -51,6 +51,7 @@ def method_options(config: TrainConfig, plan: dict[str, Any]) -> dict[str, Any]:
     if config.method == "gradual":
         values["begin"], values["end"] = values.pop("start_fraction"), values.pop("stop_fraction")
         values["targets"] = {layer["name"]: layer["nnz"] for layer in plan["layers"] if layer["state"] != "dense"}
+        values["always_masked"] = tuple(layer["name"] for layer in plan["layers"] if layer["state"] == "masked")
     return values
 
 
