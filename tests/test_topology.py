@@ -209,6 +209,41 @@ def test_minima_per_row_and_column(method):
     assert blocks.sum(0).min() >= 2 and blocks.sum(1).min() >= 2
 
 
+@pytest.mark.parametrize("method", ["set", "rigl", "srigl"])
+@pytest.mark.parametrize("block", [1, 8])
+def test_random_new_values(method, block):
+    """As large as what stayed, no two alike, padding and spare slots zero, optimizer state zero; the same twice."""
+    found = []
+    for _ in range(2):
+        net = network()
+        config = sk.SparsityConfig(sparsity=0.7, block=block, capacity=1.2, below_break_even="sparse")
+        sk.sparsify_(net, config)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-9, momentum=0.9)
+        options = {"update_every": 1, "drop_fraction": 0.5, "new_values": "random"}
+        topo = sk.TopologyScheduler(net, optimizer, topology.method(method, **options), 10, seed=3)
+        before = {name: layer.stored().clone() for name, layer in topo.layers.items()}
+        x, y = batch(0)
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        topo.step()
+        for name, layer in topo.layers.items():
+            places, values = layer.places(), layer.values.detach()
+            new = ~before[name][places]
+            assert bool(new.any())
+            inside = layer.inside(places)
+            blocks = torch.ones(layer.grid.weight_shape, dtype=torch.bool)
+            assert torch.equal(inside, layer.grid.to_blocks(blocks)[places])
+            assert not bool(values[: layer.nnz][~inside].any()) and not bool(values[layer.nnz :].any())
+            drawn, kept = values[: layer.nnz][new][inside[new]], values[: layer.nnz][~new][inside[~new]]
+            assert drawn.unique().numel() == drawn.numel()
+            assert not bool(optimizer.state[layer.values]["momentum_buffer"][: layer.nnz][new].any())
+            if drawn.numel() > 200:
+                assert 0.8 < float(drawn.square().mean().sqrt() / kept.square().mean().sqrt()) < 1.25
+            found.append(values.clone())
+    half = len(found) // 2
+    assert all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+
+
 def test_grows_where_no_gradient_arrives():
     """A layer that the loss does not reach has equal scores everywhere."""
     holder = nn.ModuleDict({"used": network(), "spare": nn.Linear(32, 32).double()})

@@ -13,6 +13,7 @@ from sparsekern.studies.dst import BASE, DENSE, SMALL
 from sparsekern.studies.folder import write_text
 from sparsekern.studies.plots import draw_accuracy, draw_exploration
 from sparsekern.studies.summary import Row, Summary, summarise
+from sparsekern.training import text_table
 
 _TITLES = {DENSE: "dense", SMALL: "dense, narrower"}
 
@@ -46,11 +47,22 @@ def title(row: Row, widths: dict[float, float]) -> str:
 
 def markdown(summary: Summary) -> str:
     """The table, how the numbers were made, and the cells that are not in it."""
-    head = ["net", "sparsity", "block", "test accuracy [%]", "parameters", "MACs", "R_s", "mean density", "seeds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * 2 + "|---:" * (len(head) - 2) + "|"]
+    head = [
+        "net",
+        "sparsity",
+        "block",
+        "test accuracy [%]",
+        "parameters",
+        "MACs",
+        "R_s",
+        "reliably",
+        "mean density",
+        "seeds",
+    ]
+    lines = []
     widths = dict(summary.study.widths)
     for row in summary.rows:
-        cells = [
+        line = [
             title(row, widths),
             f"{row.sparsity:g}" if row.sparsity else "-",
             row.block or "-",
@@ -58,11 +70,13 @@ def markdown(summary: Summary) -> str:
             "-" if row.params is None else f"{row.params:,.0f}",
             "-" if row.macs is None else f"{row.macs:,.0f}",
             _spread(row.exploration, row.exploration_std, 1.0, 3),
+            "-" if row.reliable is None else f"{row.reliable:.3f}",
             "-" if row.mean_density is None else f"{row.mean_density:.3f}",
             str(row.seeds) if row.seeds == row.planned else f"{row.seeds} of {row.planned}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *conditions(summary), *_unfinished(summary)]) + "\n"
+        lines.append(line)
+    table = text_table.markdown(head, lines, left=2)
+    return table + "\n" + "\n".join([*conditions(summary), *_unfinished(summary)]) + "\n"
 
 
 def conditions(summary: Summary) -> list[str]:
@@ -77,8 +91,9 @@ def conditions(summary: Summary) -> list[str]:
         "- Accuracy of the last epoch, mean and sample standard deviation over seeds (weights, masks and data order).",
         "- Parameters and MACs per sample after training; layers that may not be sparse (classifier, stem) are dense "
         "in all nets. The narrower net has the MACs of the sparse ones.",
-        "- R_s: fraction of the sparse layers' weights that were stored at some time. Mean density: share of their "
-        "blocks stored, mean over the steps; where it is above the final one, training cost more.",
+        "- R_s: fraction of the sparse layers' weights that were stored at some time; reliably: those whose blocks an "
+        "update kept. Mean density: share of their blocks stored, mean over the steps; where it is above the final "
+        "one, training cost more.",
     ]
 
 

@@ -49,6 +49,7 @@ class Row:
         planned: cells, finished or not.
         test_acc_std: sample standard deviation over seeds; None below two. The same for ``exploration_std``.
         params, macs: of the net after training.
+        reliable: share of the sparse layers' weights whose blocks an update kept; None where blocks do not move.
         mean_density: share of the sparse layers' blocks stored, mean over the training steps.
     """
 
@@ -63,6 +64,7 @@ class Row:
     macs: float | None
     exploration: float | None
     exploration_std: float | None
+    reliable: float | None
     mean_density: float | None
 
     @property
@@ -167,6 +169,7 @@ def _row(group: Sequence[CellResult]) -> Row:
         macs=_mean(taken("macs")),
         exploration=_mean(explored),
         exploration_std=_std(explored),
+        reliable=_mean(taken("reliably_explored")),
         mean_density=_mean(densities),
     )
 

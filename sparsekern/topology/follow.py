@@ -15,7 +15,7 @@ from sparsekern.topology.slots import remap_
 def follow(topo: TopologyScheduler, averaged: nn.Module) -> None:
     """Keep ``averaged``, a copy such as an EMA or SWA model, on the layouts of the model that ``topo`` schedules.
 
-    Averages of blocks that stay are kept; those of grown blocks start at zero, like the blocks.
+    Averages of blocks that stay are kept; those of grown blocks start at zero.
 
     Args:
         averaged: a deep copy of the model, or ``torch.optim.swa_utils.AveragedModel`` of it.

@@ -14,7 +14,7 @@ from sparsekern.topology.method import Change, DropAndGrow, Method, Update
 from sparsekern.topology.redistribute import check_same_block
 from sparsekern.topology.select import best, lowest
 
-NOT_TAKEN = ("drop_fraction", "stop_fraction", "drop_schedule")
+NOT_TAKEN = ("drop_fraction", "stop_fraction", "drop_schedule", "new_values")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class GradualMagnitude(DropAndGrow):
             sparsely from the compaction point on where their density is at most this; 0 leaves them.
         always_masked: layers that ``sparse_below`` leaves masked, as sparse compute never pays for them.
 
-    ``drop_fraction``, ``stop_fraction`` and ``drop_schedule`` mean nothing here and have to stay at their defaults.
+    ``drop_fraction``, ``stop_fraction``, ``drop_schedule`` and ``new_values`` mean nothing here and have to stay at
+    their defaults.
 
     Raises:
         ValueError: an option out of range; neither or both of ``sparsity`` and ``targets``.

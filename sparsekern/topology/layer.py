@@ -97,6 +97,16 @@ class Layer:
         # NaN is for spare slots alone, or one of them would count as dropped in place of a diverged block.
         return scores.masked_fill(scores.isnan(), torch.inf).masked_fill(~self.used(), torch.nan)
 
+    def inside(self, places: Tensor) -> Tensor:
+        """bool [n, bo, bi]: which elements of the blocks at ``places`` int64 [n] lie inside the weight."""
+        _, ob, t, ib = self.grid.shape
+        bo, bi = self.grid.block
+        o = places // (t * ib) % ob * bo
+        i = places % ib * bi
+        rows = o[:, None] + torch.arange(bo, device=places.device) < self.grid.out_per_group
+        columns = i[:, None] + torch.arange(bi, device=places.device) < self.grid.in_per_group
+        return rows[:, :, None] & columns[:, None, :]
+
     def row_of_slot(self) -> Tensor:
         """int64 [capacity]: block row over all groups; of spare slots 0."""
         return self.layout.view.row.long()

@@ -17,6 +17,7 @@ from sparsekern.topology.streams import Stream
 
 DROP_SCHEDULES = ("cosine", "linear", "constant")
 SCOPES = ("layer", "global")
+NEW_VALUES = ("zero", "random")
 
 # Added to the scores of blocks that minima protect: far above any weight, and in fp64 it leaves 2e-10 of the scores.
 PROTECTED = 2.0**20
@@ -83,6 +84,9 @@ class Method:
             et al. 2018).
         scope: "layer" replaces the same share of every layer; "global" compares blocks of all layers, and each layer
             grows as many as it lost.
+        new_values: what grown blocks start from: "zero", or "random" normal values as large as the layer's others on
+            average (as SET was published). Blocks of zeros have to outgrow the smallest of the others between two
+            updates or they go again; means of large blocks lie close together, so that takes long.
         min_per_row, min_per_col: blocks that each block row and column keeps or gets, as far as the counts allow.
 
     Raises:
@@ -95,6 +99,7 @@ class Method:
     drop_schedule: str = "cosine"
     drop_by: str = "l1"
     scope: str = "layer"
+    new_values: str = "zero"
     min_per_row: int = 0
     min_per_col: int = 0
 
@@ -115,7 +120,9 @@ class Method:
             value, low = getattr(self, name), int(name == "update_every")
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{who}: {name}: expected a whole number of {low} or more, got {value!r}")
-        for name, allowed in (("drop_schedule", DROP_SCHEDULES), ("drop_by", DROP_BY), ("scope", SCOPES)):
+        for name, allowed in (
+            ("drop_schedule", DROP_SCHEDULES), ("drop_by", DROP_BY), ("scope", SCOPES), ("new_values", NEW_VALUES),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{who}: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 

@@ -15,7 +15,8 @@ from sparsekern.topology import exploration, probes, ranks
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, Method, Update
 from sparsekern.topology.set import Static
-from sparsekern.topology.slots import block_state, compact_, move_blocks_
+from sparsekern.topology.slots import block_state, compact_, draw_, move_blocks_
+from sparsekern.topology.streams import Stream
 
 FORMAT = 1
 SlotMaps = Mapping[str, Tensor]
@@ -197,6 +198,8 @@ class TopologyScheduler:
         mask.index_fill_(0, change.grow, True)
         slot_map = move_blocks_(layer.module, self.optimizer, mask[:-1])
         layer.nnz += change.grown - change.dropped
+        if self.method.new_values == "random" and change.grown:
+            draw_(layer, slot_map, change.grown, Stream(self.seed, layer.name, self.updates, "values"))
         exploration.record(layer, kept, mask[:-1])
         return slot_map
 

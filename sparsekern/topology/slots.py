@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from sparsekern.layout import BlockLayout
 from sparsekern.nn import SparseModule
+from sparsekern.topology.layer import Layer
+from sparsekern.topology.select import positions
+from sparsekern.topology.streams import Stream
 
 
 def remap_(tensor: Tensor, slot_map: Tensor) -> None:
@@ -65,6 +68,24 @@ def move_blocks_(module: SparseModule, optimizer: Optimizer, block_mask: Tensor)
         remap_(tensor, slot_map)
     torch._C._increment_version([module.values])  # autograd has to see that `.data` was written
     return slot_map
+
+
+def draw_(layer: Layer, slot_map: Tensor, grown: int, stream: Stream) -> None:
+    """Give grown blocks normal values of the standard deviation of those that stayed; padding stays zero.
+
+    Args:
+        layer: after the update, its ``nnz`` too.
+        slot_map: int64 [capacity] of the update.
+        grown: blocks that are new.
+    """
+    slots = positions((slot_map < 0) & layer.used(), grown)
+    inside = layer.inside(layer.places()[slots])
+    with torch.no_grad():
+        stayed = layer.values[: layer.nnz].float().square().sum()
+        weights = layer.inside(layer.places()).sum() - inside.sum()
+        std = (stayed / weights.clamp(min=1)).sqrt()
+        drawn = stream.normal(inside.numel(), layer.device).view(inside.shape) * inside * std
+        layer.values.index_copy_(0, slots, drawn.to(layer.values.dtype))
 
 
 def compact_(module: SparseModule, optimizer: Optimizer, nnz: int) -> None:

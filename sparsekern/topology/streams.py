@@ -32,3 +32,7 @@ class Stream:
     def uniform(self, count: int, device: torch.device | str = "cpu") -> Tensor:
         """float32 [count] within [0, 1)."""
         return torch.from_numpy(self._generator.random(count, dtype=np.float32)).to(device, non_blocking=True)
+
+    def normal(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """float32 [count], standard normal."""
+        return torch.from_numpy(self._generator.standard_normal(count, dtype=np.float32)).to(device, non_blocking=True)

@@ -155,6 +155,10 @@ class TrainConfig:
     )  # fmt: skip
     growth: str = _field("random", _DYNAMIC, "Which blocks set grows.", choices=("random", "unexplored"))
     threshold: float = _field(1e-3, _DYNAMIC, "Magnitude below which dsr first drops; it adapts.", low=0.0)
+    new_values: str = _field(
+        "zero", _DYNAMIC, "What grown blocks start from; random ones are as large as the others.",
+        choices=("zero", "random"),
+    )  # fmt: skip
     scope: str = _field("layer", _DYNAMIC, "Where blocks compete.", choices=("layer", "global"))
     min_per_row: int = _field(0, _DYNAMIC, "Blocks that every block row keeps.", low=0)
     min_per_col: int = _field(0, _DYNAMIC, "Blocks that every block column keeps.", low=0)

@@ -8,13 +8,13 @@ from typing import Any
 from sparsekern.training.errors import ConfigError
 
 _DROPS = ("drop_fraction", "update_every", "stop_fraction", "drop_schedule", "drop_by")
-_MOVES = (*_DROPS, "min_per_row", "min_per_col")
+_MOVES = (*_DROPS, "new_values", "min_per_row", "min_per_col")
 
 TAKES: dict[str, tuple[str, ...]] = {
     "static": (),
     "set": (*_MOVES, "scope", "growth"),
     "rigl": (*_MOVES, "scope", "exact"),
-    "srigl": (*_DROPS, "exact", "ablation"),
+    "srigl": (*_DROPS, "new_values", "exact", "ablation"),
     "snfs": (*_MOVES, "scope", "capacity"),
     "dsr": (*_MOVES, "threshold", "capacity"),
     "gradual": (
