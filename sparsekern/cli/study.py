@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from sparsekern.cli.options import with_config_options
+from sparsekern.studies.dst import VARIED
 from sparsekern.training.config import load_yaml, option_names
 from sparsekern.training.errors import ConfigError, Interrupted
 
 study_app = typer.Typer(no_args_is_help=True, help="Train a matrix of nets and make tables and plots of them.")
 
-# Those of a cell itself; see sparsekern.studies.dst.
-_VARIED = ("method", "sparsity", "block", "seed", "override", "init", "channels")
 _STUDY = "Study"
 
 
@@ -24,7 +23,7 @@ def _studies() -> None:
 
 
 @study_app.command("dst")
-@with_config_options([name for name in option_names() if name not in _VARIED], before="out")
+@with_config_options([name for name in option_names() if name not in VARIED], before="out")
 def dst_command(
     methods: Annotated[
         str | None, typer.Option(help="How blocks move. Default: static,set,rigl,gradual.", rich_help_panel=_STUDY)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from sparsekern.training.config import TrainConfig
-from sparsekern.training.errors import CheckpointError, ConfigError, Interrupted
-from sparsekern.training.loop import TrainResult, check_same, has_checkpoint, read_result, train, write_json
+from sparsekern.training.errors import CheckpointError, ConfigError
+from sparsekern.training.folder import write_json
+from sparsekern.training.part import check_whole, train_part
 from sparsekern.training.progress import Reporter
 from sparsekern.training.prune_settings import PruneSettings
 from sparsekern.training.prune_start import Source, sparsity_of_run, start, start_dense, training_config
 from sparsekern.training.prune_table import Row, markdown, plot
+from sparsekern.training.result import TrainResult, read_result
 
 RECORD = "prune.json"
 _DENSE = "-dense"
@@ -158,33 +160,14 @@ class _Ladder:
         return Row.of(result, phase="dense", net=str(dense.with_suffix("")), **values)
 
     def _train(self, config: TrainConfig, folder: Path) -> TrainResult:
-        """As a ladder is stopped between any two steps: finished, begun with a checkpoint, begun without, or new."""
-        finished = read_result(folder) if self.resume else None
-        if finished is not None:
-            check_same(finished.config, config, folder)
-            self.reporter.line(f"{folder.name}: already finished")
-            return finished
-        going_on = self.resume and has_checkpoint(folder)
-        try:
-            return train(
-                config, folder, resume=going_on, overwrite=not going_on, reporter=self.reporter, label=folder.name
-            )
-        except Interrupted as error:
-            stopped = Interrupted(error.where, self.folder, error.signal_number)
-            hint = f"continue with: sparsekern prune {self.run} --out {self.folder} --resume"
-            stopped.args = (f"{error.where}; {hint}",)
-            raise stopped from None
+        hint = f"continue with: sparsekern prune {self.run} --out {self.folder} --resume"
+        return train_part(config, folder, resume=self.resume, reporter=self.reporter, hint=hint)
 
     # -- the folder ------------------------------------------------------------------------------------------------
 
     def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
         folder = self.folder
-        if resume and overwrite:
-            raise ConfigError("expected --resume or --overwrite, got both")
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"out: expected a folder, {folder} is a file")
-        if (folder / "config.yaml").exists():
-            raise ConfigError(f"out: {folder} holds a training run; choose another folder")
+        check_whole(folder, resume=resume, overwrite=overwrite)
         if resume:
             saved, run, options = read_settings(folder)
             self.options = {**options, **self.options}

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekern.training import text_table
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.curves import plot_curves
-from sparsekern.training.errors import CheckpointError, ConfigError, Interrupted
-from sparsekern.training.folder import check_folder, check_same, has_checkpoint, start_folder, write_json
-from sparsekern.training.loop import train
+from sparsekern.training.errors import CheckpointError, ConfigError
+from sparsekern.training.folder import check_folder, start_folder, write_json
 from sparsekern.training.memory import measure_memory
 from sparsekern.training.network import build_network, load_model, resolve_device
+from sparsekern.training.part import train_part
 from sparsekern.training.progress import Reporter
 from sparsekern.training.result import TrainResult, read_result
 from sparsekern.training.task import Task, load_task
@@ -97,10 +98,7 @@ def compare(
     }
     results = {}
     for name in NETS:
-        try:
-            results[name] = _train(configs[name], folder / name, resume, reporter, name)
-        except Interrupted as error:
-            raise Interrupted(error.where, folder, error.signal_number) from None
+        results[name] = train_part(configs[name], folder / name, resume=resume, reporter=reporter)
     reporter.line("measuring step times and memory")
     times = _times(configs, folder, task, rounds)
     memory = {name: measure_memory(folder / name) for name in NETS}
@@ -150,17 +148,6 @@ def _finished(config: TrainConfig, folder: Path) -> CompareResult | None:
     complete = {name: result for name, result in results.items() if result is not None}
     times = {name: StepTime(**nets[name]["time"]) for name in NETS}
     return CompareResult(config, saved["width"], complete, times, {n: nets[n]["memory"] for n in NETS}, folder)
-
-
-def _train(config: TrainConfig, folder: Path, resume: bool, reporter: Reporter, name: str) -> TrainResult:
-    finished = read_result(folder) if resume else None
-    if finished is not None:
-        check_same(finished.config, config, folder)
-        reporter.line(f"{name}: already finished")
-        return finished
-    if resume and has_checkpoint(folder):
-        return train(config, folder, resume=True, reporter=reporter, label=name)
-    return train(config, folder, overwrite=True, reporter=reporter, label=name)
 
 
 def _times(configs: Mapping[str, TrainConfig], folder: Path, task: Task, rounds: int) -> dict[str, StepTime]:
@@ -245,10 +232,8 @@ def conditions(comparison: CompareResult) -> list[str]:
 
 
 def markdown_table(comparison: CompareResult) -> str:
-    head = heading(comparison)
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *table_rows(comparison)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return table + "\n\n" + "\n".join(f"- {line}" for line in conditions(comparison)) + "\n"
+    table = text_table.markdown(heading(comparison), table_rows(comparison))
+    return table + "\n" + "\n".join(f"- {line}" for line in conditions(comparison)) + "\n"
 
 
 def rich_table(comparison: CompareResult) -> Any:

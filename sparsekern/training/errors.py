@@ -30,8 +30,9 @@ class Interrupted(Exception):
         signal_number: the signal received (2 for Ctrl-C).
     """
 
-    def __init__(self, where: str, folder: Path | None, signal_number: int) -> None:
-        hint = "nothing was saved" if folder is None else f"continue with: sparsekern train --out {folder} --resume"
+    def __init__(self, where: str, folder: Path | None, signal_number: int, hint: str | None = None) -> None:
+        if hint is None:
+            hint = "nothing was saved" if folder is None else f"continue with: sparsekern train --out {folder} --resume"
         super().__init__(f"{where}; {hint}")
         self.where = where
         self.folder = folder

@@ -18,7 +18,7 @@ from sparsekern.pruning import Level, prunable, prune_, prune_level_, redense_, 
 from sparsekern.training import budgets
 from sparsekern.training.config import TrainConfig
 from sparsekern.training.errors import ConfigError
-from sparsekern.training.loop import write_json
+from sparsekern.training.folder import write_json
 from sparsekern.training.network import build_dense, load_model, resolve_device
 from sparsekern.training.optim import make_optimizer
 from sparsekern.training.progress import Reporter

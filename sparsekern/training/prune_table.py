@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekern.training.loop import TrainResult
+from sparsekern.training import text_table
+from sparsekern.training.result import TrainResult
 
 
 @dataclass
@@ -96,21 +97,13 @@ def _percent(value: float | None) -> str | None:
 
 def markdown(rows: Sequence[Row], conditions: Sequence[str]) -> str:
     head, *lines = table(rows)
-    written = [head, ["---:"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in written) + "\n\n" + "\n".join(conditions) + "\n"
+    return text_table.markdown(head, lines, left=0) + "\n" + "\n".join(conditions) + "\n"
 
 
 def rich_table(rows: Sequence[Row]) -> Any:
     """The table for a terminal."""
-    from rich.table import Table
-
     head, *lines = table(rows)
-    out = Table(header_style="bold")
-    for title in head:
-        out.add_column(title, justify="right")
-    for line in lines:
-        out.add_row(*line)
-    return out
+    return text_table.terminal(head, lines, left=0)
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:

@@ -15,13 +15,15 @@ from torch import nn
 
 from sparsekern.pruning.structured import METHODS, TARGETS, Channels, Report, prune_
 from sparsekern.pruning.structured.prune import DATA
-from sparsekern.training import budgets
+from sparsekern.training import budgets, text_table
 from sparsekern.training.config import TrainConfig, suggest
-from sparsekern.training.errors import CheckpointError, ConfigError, Interrupted
-from sparsekern.training.loop import TrainResult, check_same, has_checkpoint, read_result, train, write_json
+from sparsekern.training.errors import CheckpointError, ConfigError
+from sparsekern.training.folder import write_json
 from sparsekern.training.network import build_dense, load_model
+from sparsekern.training.part import check_whole, train_part
 from sparsekern.training.progress import Reporter
 from sparsekern.training.prune_start import Source
+from sparsekern.training.result import TrainResult
 from sparsekern.training.weights import CHANNELS, is_sparse
 
 RECORD = "slim.json"
@@ -154,12 +156,7 @@ def slim(
 def check_folder(folder: Path, run: Path, settings: SlimSettings, *, resume: bool, overwrite: bool) -> None:
     """:class:`ConfigError` says what is in the way of slimming ``run`` into ``folder``; nothing is written."""
     path = folder / RECORD
-    if resume and overwrite:
-        raise ConfigError("expected --resume or --overwrite, got both")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: expected a folder, {folder} is a file")
-    if (folder / "config.yaml").exists():
-        raise ConfigError(f"out: {folder} holds a training run; choose another folder")
+    check_whole(folder, resume=resume, overwrite=overwrite)
     if not path.is_file():
         if resume:
             raise ConfigError(f"resume: {folder} holds no slimmed network ({RECORD} is missing); check --out")
@@ -279,18 +276,8 @@ class _Slim:
                 config = dataclasses.replace(config, lr=lr)
             large, small = rows["large"]["macs"], rows["pruned"]["macs"]
             config = budgets.scratch_b(config, large, small, cap) if name == "scratch-b" else budgets.scratch_e(config)
-        folder = self.folder / name
-        finished = read_result(folder) if resume else None
-        if finished is not None:
-            check_same(finished.config, config, folder)
-            return finished
-        going_on = resume and has_checkpoint(folder)
-        try:
-            return train(config, folder, resume=going_on, overwrite=not going_on, reporter=self.reporter, label=name)
-        except Interrupted as error:
-            stopped = Interrupted(error.where, self.folder, error.signal_number)
-            stopped.args = (f"{error.where}; continue with the same sparsekern slim command and --resume",)
-            raise stopped from None
+        hint = "continue with the same sparsekern slim command and --resume"
+        return train_part(config, self.folder / name, resume=resume, reporter=self.reporter, hint=hint)
 
     def _fresh(self, config: TrainConfig) -> Path:
         """The small network with weights of another seed: the run's own seed would give those it began with."""
@@ -323,17 +310,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [list(HEAD), ["---", *["---:"] * (len(HEAD) - 1)], *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return text_table.markdown(HEAD, [cells(row) for row in rows])
 
 
 def rich_table(rows: Sequence[Mapping[str, Any]]) -> Any:
     """The table for a terminal."""
-    from rich.table import Table
-
-    table = Table(header_style="bold")
-    for title in HEAD:
-        table.add_column(title, justify="left" if title == HEAD[0] else "right")
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
+    return text_table.terminal(HEAD, [cells(row) for row in rows])
