@@ -107,7 +107,8 @@ def prune_command(
                      rich_help_panel=_THEN, show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to. Default: RUN-THEN beside the run.", rich_help_panel=_RUN)
+        Path | None, typer.Option(help="Folder to write to. Default: RUN-CRITERION-SPARSITY-THEN beside the run.",
+                                   rich_help_panel=_RUN)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue in --out; options come from there.", rich_help_panel=_RUN)

@@ -239,8 +239,9 @@ class OverheadRow:
     """What something costs beside what it accompanies: ``share`` = ``seconds`` / ``base_s``.
 
     Attributes:
-        what: "dispatch" (time of a call beyond that of the kernels it chooses, over theirs) or "topology update" (one
-            update over 100 steps of the layer).
+        what: "dispatch" (time of a call beyond that of the kernels it chooses, over theirs), "topology update" (one
+            update over 100 steps of the layer), or, of a whole net (``op`` "net"), "topology update, METHOD" (one
+            update over 100 steps of the net) and "dense gradient of every step, snfs" (over one step).
         base_s: seconds of what it accompanies.
     """
 

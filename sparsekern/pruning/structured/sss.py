@@ -5,7 +5,7 @@ Source: Huang and Wang 2018 (arXiv:1707.01213): scales in section 3.2, accelerat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sparsekern.pruning.structured.blocks import last_layer, residual_blocks
 class BlockScales:
     """One factor on the residual branch of every block, trained beside the weights.
 
-    The factors start at 1 and are no parameters of the model: the optimizer and the checkpoint don't see them. ::
+    The factors start at 1 and are no parameters of the model: its optimizer and its state dict don't see them. ::
 
         scales = BlockScales(model)
         loss.backward(); optimizer.step(); scales.step(lr, gamma)   # every step
@@ -148,11 +148,3 @@ def blocks_for(left: Sequence[tuple[int, bool]], scores: Mapping[str, float]) ->
         kept = set(candidates[: count - first]) | ({own[0]} if first else set())
         dropped += [name for name in own if name not in kept]
     return dropped
-
-
-def check_blocks(names: Iterable[str], scores: Mapping[str, float]) -> list[str]:
-    """``names`` in the order of the network; ``ValueError`` for one that is no residual block."""
-    wanted = set(names)
-    if unknown := sorted(wanted.difference(scores)):
-        raise ValueError(f"blocks: expected some of {', '.join(scores)}, got {', '.join(unknown)}")
-    return [name for name in scores if name in wanted]
