@@ -34,6 +34,7 @@ from sparsekern.training.after_pruning import after
 from sparsekern.training.network import build_dense
 from sparsekern.training.progress import Reporter
 from sparsekern.training.prune_settings import STRATEGIES, PruneSettings
+from sparsekern.training.prune_start import beside
 from sparsekern.training.task import load_task
 from sparsekern.training.weights import load_net
 
@@ -655,6 +656,14 @@ def test_overwriting_removes_what_a_pruning_wrote_and_nothing_else(run: Path, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "ladder.json", "ladder.png", "level-01.json", "level-01.pt", "notes.txt", "prune.json", "table.md",
     ]  # fmt: skip
+
+
+def test_results_stand_beside_the_run_also_from_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net").mkdir()
+    monkeypatch.chdir(tmp_path / "net")
+    assert beside(Path("runs/net"), "none") == Path("runs/net-none")
+    assert beside(Path("."), "none") == tmp_path.resolve() / "net-none"
+    assert beside(Path("snapshots/.."), "none") == tmp_path.resolve() / "net-none"
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

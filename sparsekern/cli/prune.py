@@ -178,8 +178,7 @@ def prune_command(
 
 
 def _default_folder(run: Path, settings: PruneSettings) -> Path:
-    from sparsekern.training.prune_start import folder_of
+    from sparsekern.training.prune_start import beside, folder_of
 
-    base = folder_of(run)
     kind = f"{settings.levels}-levels" if settings.levels else f"s{settings.sparsity:g}"
-    return base.with_name(f"{base.name}-{settings.criterion}-{kind}-{settings.then}")
+    return beside(folder_of(run), f"{settings.criterion}-{kind}-{settings.then}")

@@ -74,7 +74,7 @@ def slim_command(
         float | None, typer.Option(help="Most times as long that scratch-b trains.", rich_help_panel=_THEN)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to. Default: RUN-METHOD.", rich_help_panel=_RUN)
+        Path | None, typer.Option(help="Folder to write to. Default: RUN-METHOD beside RUN.", rich_help_panel=_RUN)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is in --out, add what is missing.", rich_help_panel=_RUN)
@@ -97,11 +97,12 @@ def slim_command(
     per --then. `sparsekern train --channels channels.json` trains the same architecture with other options.
     """
     from sparsekern.training.progress import Reporter, TerminalReporter
+    from sparsekern.training.prune_start import beside
     from sparsekern.training.slim import rich_table, slim
 
     one, globs = _ratios(ratio or [])
     options = {"data_dir": data_dir, "device": device, "threads": threads}
-    folder = out if out is not None else run.with_name(f"{run.stem if run.is_file() else run.name}-{method}")
+    folder = out if out is not None else beside(run.with_suffix("") if run.is_file() else run, method)
     reporter = Reporter() if quiet else TerminalReporter()
     result = slim(
         run,

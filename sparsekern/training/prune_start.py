@@ -100,6 +100,12 @@ def folder_of(run: Path) -> Path:
     return run.parent.parent if run.parent.name == "snapshots" else run.parent
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """``folder-suffix`` beside ``folder``, which may be ``.`` or end in ``..``."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}-{suffix}")
+
+
 def start(
     source: Source, net: Path, settings: PruneSettings, level: int, path: Path, reporter: Reporter
 ) -> dict[str, Any]:
