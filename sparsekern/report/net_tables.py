@@ -90,9 +90,9 @@ def overhead_table(rows: Sequence[OverheadRow]) -> Table:
         lines.append([*line, row.seconds, row.base_s, row.share, row.device])
     note = (
         "Dispatch: wall time of the module's call beyond that of the same kernels launched directly. Topology update: "
-        "the layout rewritten, values and momentum moved along, over 100 training steps of the layer alone; where op is "
-        "net, all that an update adds to a step of the whole net, gradients and the choice of blocks included, over 100 "
-        "such steps (a dense gradient of every step: over one)."
+        "the layout rewritten, values and momentum moved along, over 100 training steps of the layer alone; where op "
+        "is net, all that an update adds to a step of the whole net, gradients and the choice of blocks included, over "
+        "100 such steps (a dense gradient of every step: over one)."
     )
     return Table("Overheads", columns, lines, [False] * len(rows), note)
 

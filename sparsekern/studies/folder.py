@@ -104,22 +104,16 @@ def _widths(study: DstStudy) -> dict[float, float]:
     missing = [sparsity for sparsity in study.sparsities if sparsity not in widths]
     if not missing:
         return widths
-    from sparsekern import models
-    from sparsekern.training.network import build_network, resolve_device
+    from sparsekern.training.comparison import NoSuchWidth, width_of_equal_macs
     from sparsekern.training.task import load_task
 
     task = None
     for sparsity in missing:
         config = study.config(Cell("static", sparsity, study.blocks[0], study.seeds[0]))
         task = task or load_task(config)
-        device = resolve_device(config.device)
-        scored = task.scoring_batches(device) if config.allocation in ("snip", "grasp") else None
-        network, _ = build_network(config, task.example(device), task.num_classes, batches=scored)
         try:
-            widths[sparsity], _ = models.match_macs(
-                config.model, network.macs, num_classes=task.num_classes, in_shape=task.in_shape
-            )
-        except ValueError as error:
+            widths[sparsity] = width_of_equal_macs(config, task)
+        except NoSuchWidth as error:
             raise ConfigError(
                 f"sparsities: no dense {config.model} is as small as the one of sparsity {sparsity:g}: {error}"
             ) from None

@@ -71,7 +71,7 @@ class Layer:
         """Drop scores [capacity] in fp32, NaN at spare slots: of one element on average, so that layers compare.
 
         ``l1``, ``l2``, ``linf``: norms of the blocks (l1 and l2 per element); ``gradient``: mean |w * g| with the
-        gradient of this step; ``random``; ``signed`` (SET, Mocanu et al. 2018): see :class:`SET`, here |w|.
+        gradient of this step; ``random``; ``signed`` (SET, Mocanu et al. 2018): see :class:`Method`, here |w|.
 
         Raises:
             RuntimeError: ``gradient`` where the gradient is gone.

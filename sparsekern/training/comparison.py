@@ -111,19 +111,36 @@ def compare(
 
 def _width(config: TrainConfig, folder: Path, task: Task, resume: bool) -> float:
     """Width of the dense net that costs what the sparse one costs; kept in the folder, for a measured plan may vary."""
-    from sparsekern import models
-
     if resume:
         return float(_saved(folder)["width"])
+    try:
+        width = width_of_equal_macs(config, task)
+    except NoSuchWidth as error:
+        raise ConfigError(f"compare: no dense {config.model} is as small as the sparse one: {error}") from None
+    start_folder(folder, config)
+    write_json(folder / "compare.json", {"config": config.to_dict(), "width": width})
+    return width
+
+
+class NoSuchWidth(ValueError):
+    """No dense net has as few MACs as the sparse one."""
+
+
+def width_of_equal_macs(config: TrainConfig, task: Task) -> float:
+    """Width factor at which the dense net has the MACs of the sparse net of ``config``.
+
+    Raises:
+        NoSuchWidth: none is as small.
+    """
+    from sparsekern import models
+
     device = resolve_device(config.device)
     scored = task.scoring_batches(device) if config.allocation in ("snip", "grasp") else None
     network, _ = build_network(config, task.example(device), task.num_classes, batches=scored)
     try:
         width, _ = models.match_macs(config.model, network.macs, num_classes=task.num_classes, in_shape=task.in_shape)
     except ValueError as error:
-        raise ConfigError(f"compare: no dense {config.model} is as small as the sparse one: {error}") from None
-    start_folder(folder, config)
-    write_json(folder / "compare.json", {"config": config.to_dict(), "width": width})
+        raise NoSuchWidth(str(error)) from None
     return float(width)
 
 
