@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekern.topology.layer import Layer
 from sparsekern.topology.method import Change, Update
 from sparsekern.topology.rigl import RigL
-from sparsekern.topology.select import highest, positions, rank_within, stable_order
+from sparsekern.topology.select import highest, positions, sorted_rows, stable_order
 from sparsekern.topology.streams import Stream
 
 
@@ -80,7 +80,7 @@ class SRigL(RigL):
         fan = active * share + highest(order, rest, update.stream(layer.name, "row ties")).long()
         stay = torch.maximum(torch.minimum(kept, fan), fan - (width - stored))
 
-        rank = rank_within(row_of_slot, _kept_first(layer, self.drop_scores(update, layer), drop), grid.rows)
+        rank = _rank_in_row(row_of_slot, _kept_first(layer, self.drop_scores(update, layer), drop), grid.rows)
         dropped = used & (rank >= stay[row_of_slot])
         gone = int(dropped.sum())
         new = _highest_of_rows(gradient.view(grid.rows, width), fan - stay, update.stream(layer.name, "grow"))
@@ -98,10 +98,20 @@ def _count(key: Tensor, mask: Tensor, keys: int) -> Tensor:
 
 
 def _kept_first(layer: Layer, scores: Tensor, drop: Tensor) -> Tensor:
-    """float64 [capacity]: the order of ``scores``, but all kept blocks above all dropped ones; NaN at spare slots."""
+    """int64 [capacity]: places in the order of ``scores``, kept blocks above dropped ones; -1 at spare slots."""
     place = torch.empty_like(layer.row_of_slot())
     place[stable_order(scores)] = torch.arange(place.numel(), device=place.device)
-    return (place + place.numel() * ~drop).double().masked_fill(~layer.used(), torch.nan)
+    return (place + place.numel() * ~drop).masked_fill(~layer.used(), -1)
+
+
+def _rank_in_row(row: Tensor, place: Tensor, rows: int) -> Tensor:
+    """int64 [capacity]: how many slots of the same row have a higher place; spare slots rank behind all others."""
+    # One sort of whole numbers: rows ascend, places fall.
+    order = torch.argsort(row * (2 * place.numel() + 1) - place, stable=True)
+    first = torch.searchsorted(row[order], torch.arange(rows, device=row.device))
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=row.device) - first[row[order]]
+    return rank
 
 
 def _highest_of_rows(scores: Tensor, counts: Tensor, stream: Stream) -> Tensor:
@@ -109,8 +119,8 @@ def _highest_of_rows(scores: Tensor, counts: Tensor, stream: Stream) -> Tensor:
 
     Ties are broken at random: where gradients are zero, first columns are no better.
     """
-    falling = scores.topk(max(1, int(counts.max())), dim=1).values
-    threshold = falling.gather(1, (counts - 1).clamp(min=0)[:, None])
+    rising = sorted_rows(scores)
+    threshold = rising.gather(1, scores.shape[1] - counts.clamp(min=1)[:, None])
     chosen = (scores > threshold) & (counts > 0)[:, None]
     tied = (scores == threshold) & (counts > 0)[:, None]
     order = stream.uniform(scores.numel(), scores.device).view_as(scores)
