@@ -156,7 +156,7 @@ def _overheads(rows: Sequence[OverheadRow], wanted: Mapping[str, Any]) -> Iterat
     worst = max(large, key=lambda row: row.share, default=None)
     note = "" if worst is None else f"most {100 * worst.share:.1f} %: {_overhead(worst)}"
     yield Line(what, 1 / (1 + share), None, None if worst is None else 1 / (1 + worst.share), note=note)
-    updates = [row for row in rows if row.what == "topology update"]
+    updates = [row for row in rows if row.what.startswith("topology update")]
     worst = max(updates, key=lambda row: row.share, default=None)
     note = "" if worst is None else f"most {100 * worst.share:.1f} %: {_overhead(worst)}"
     measured = None if worst is None else 1 / worst.share

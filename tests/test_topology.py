@@ -209,6 +209,28 @@ def test_minima_per_row_and_column(method):
     assert blocks.sum(0).min() >= 2 and blocks.sum(1).min() >= 2
 
 
+def test_averages_of_random_new_values_are_those_values():
+    net = network()
+    sk.sparsify_(net, sk.SparsityConfig(sparsity=0.7, block=8, below_break_even="sparse"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    topo = sk.TopologyScheduler(net, optimizer, sk.SET(update_every=1, new_values="random"), 10)
+    averaged = copy.deepcopy(net)
+    topology.follow(topo, averaged)
+    for module in averaged.modules():
+        if isinstance(module, SparseModule):
+            module.values.data.fill_(7.0)
+    before = {name: layer.stored() for name, layer in topo.layers.items()}
+    x, y = batch(0)
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    topo.step()
+    for name, layer in topo.layers.items():
+        new = ~before[name][layer.places()]
+        twin = averaged.get_submodule(name)
+        assert bool(new.any()) and torch.equal(twin.values[new], layer.values[new])
+        assert bool((twin.values[~new] == 7.0).all()) and torch.equal(twin.index, layer.module.index)
+
+
 @pytest.mark.parametrize("method", ["set", "rigl", "srigl"])
 @pytest.mark.parametrize("block", [1, 8])
 def test_random_new_values(method, block):

@@ -15,7 +15,7 @@ from sparsekern.topology.slots import remap_
 def follow(topo: TopologyScheduler, averaged: nn.Module) -> None:
     """Keep ``averaged``, a copy such as an EMA or SWA model, on the layouts of the model that ``topo`` schedules.
 
-    Averages of blocks that stay are kept; those of grown blocks start at zero.
+    Averages of blocks that stay are kept; those of grown blocks start at the model's values.
 
     Args:
         averaged: a deep copy of the model, or ``torch.optim.swa_utils.AveragedModel`` of it.
@@ -41,5 +41,8 @@ def follow(topo: TopologyScheduler, averaged: nn.Module) -> None:
                 twin.index = layer.layout.index.to(twin.index.device, copy=True)
             else:
                 twin.index.copy_(layer.layout.index)
+            grown = (slot_map < 0)[: layer.capacity, None, None].to(twin.values.device)
+            with torch.no_grad():  # spare slots are zero in both
+                twin.values.copy_(torch.where(grown, layer.values.to(twin.values), twin.values))
 
     topo.on_update(remap)

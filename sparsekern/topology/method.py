@@ -60,7 +60,7 @@ class Change:
 
     Attributes:
         drop: bool [capacity], the slots to empty; ``dropped`` are set.
-        grow: int64 [grown], places in the grid of new blocks, not stored before; they start at zero.
+        grow: int64 [grown], places in the grid of new blocks, not stored before.
     """
 
     drop: Tensor

@@ -53,8 +53,9 @@ class TopologyScheduler:
     ``topo.step()`` counts optimizer steps: called after every micro-batch of an accumulated gradient, or after a step
     that a gradient scaler skipped, it does nothing. On update steps it rewrites layouts in place: no Parameter is
     replaced (but by gradual pruning at its compaction points), nothing recompiles, and optimizer state follows its
-    blocks; grown blocks and their state start at zero. Methods that grow by gradient get their scores inside the
-    backward of the update step. Random numbers depend on ``seed``, layer and update alone.
+    blocks. Grown blocks start at zero (or random, see ``Method.new_values``), their state at zero. Methods that grow by
+    gradient get their scores inside the backward of the update step. Random numbers depend on ``seed``, layer and
+    update alone.
 
     Args:
         model: with sparse layers; may be wrapped in DDP or compiled.

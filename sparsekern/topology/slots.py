@@ -52,7 +52,7 @@ def block_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tens
 def move_blocks_(module: SparseModule, optimizer: Optimizer, block_mask: Tensor) -> Tensor:
     """Rewrite the layout of ``module`` in place and let values, gradient and optimizer state follow.
 
-    Grown blocks start at zero, and so does their state. No Parameter or buffer is replaced.
+    Grown blocks and their state are zero afterwards. No Parameter or buffer is replaced.
 
     Args:
         block_mask: bool [blocks], at most ``capacity`` set.

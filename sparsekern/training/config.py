@@ -74,7 +74,7 @@ class TrainConfig:
     )
     data: str = _field("digits", _MODEL, "Data set name (digits needs no files).")
     data_dir: str | None = _field(
-        None, _MODEL, "Folder of the data files; default: $SPARSEKERN_DATA.", operational=True, metavar="DIR"
+        None, _MODEL, "Folder of the data files, $SPARSEKERN_DATA if not given.", operational=True, metavar="DIR"
     )
     batch_size: int = _field(128, _MODEL, "Samples per step.", low=1)
     augment: tuple[str, ...] = _field(
@@ -162,7 +162,7 @@ class TrainConfig:
     scope: str = _field("layer", _DYNAMIC, "Where blocks compete.", choices=("layer", "global"))
     min_per_row: int = _field(0, _DYNAMIC, "Blocks that every block row keeps.", low=0)
     min_per_col: int = _field(0, _DYNAMIC, "Blocks that every block column keeps.", low=0)
-    exact: bool = _field(False, _DYNAMIC, "Scores of the exact dense gradient at updates (rigl).")
+    exact: bool = _field(False, _DYNAMIC, "Scores of the exact dense gradient at updates (rigl, srigl).")
     ablation: float = _field(
         0.3, _DYNAMIC, "Rows with fewer salient blocks than this share of the fan-in are left empty (srigl).",
         low=0.0, high=1.0,

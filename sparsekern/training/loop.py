@@ -536,6 +536,8 @@ class _Run:
     def _finished(self) -> TrainResult | None:
         if self.folder is None or self.resumed_from != self.total:
             return None
+        if self.channels is not None:
+            self.channels.finish()
         return read_result(self.folder, self.network.model.eval())
 
 
