@@ -70,6 +70,10 @@ def test_block_scales_are_resumed_to_the_bit_and_folded(tmp_path: Path) -> None:
         weights(saved)[n].abs().mean() < 0.9 * v.abs().mean() for n, v in unpenalised.items() if "bn2.weight" in n
     ]
     assert all(shrunk)
+    # A finished run is returned as it was saved.
+    again = train(config, tmp_path / "stopped", resume=True)
+    for name, value in weights(resumed.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
 
 
 def test_a_large_penalty_removes_blocks_without_changing_the_output(tmp_path: Path) -> None:
