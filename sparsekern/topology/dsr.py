@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.topology.layer import Layer
-from sparsekern.topology.method import Change, DropAndGrow, Update, drop_count
+from sparsekern.topology.method import Change, DropAndGrow, Update, drop_count, lowest_of_all
 from sparsekern.topology.redistribute import affordable, check_room, redistribute, room
-from sparsekern.topology.select import best, lowest
+from sparsekern.topology.select import lowest
 
 NORMS = ("l1", "l2", "linf")
 
@@ -57,7 +57,7 @@ class DSR(DropAndGrow):
 
     def changes(self, update: Update) -> dict[str, Change]:
         layers = update.layers
-        scores = {name: self._scores(update, layer) for name, layer in layers.items()}
+        scores = {name: self.scores_but_best(update, layer) for name, layer in layers.items()}
         dropped = affordable(self._counts(update, scores), layers)
         grown = redistribute(
             sum(dropped.values()),
@@ -72,12 +72,6 @@ class DSR(DropAndGrow):
                 changes[name] = Change(drop, places, dropped[name], grown[name])
         return changes
 
-    def _scores(self, update: Update, layer: Layer) -> Tensor:
-        """[capacity]; +inf at blocks that stay in any case, NaN at spare slots."""
-        scores = self.drop_scores(update, layer)
-        keep = best(scores) & layer.used()
-        return scores.masked_fill(keep, torch.inf)
-
     def _counts(self, update: Update, scores: Mapping[str, Tensor]) -> dict[str, int]:
         """How many blocks of each layer are below the threshold, which then follows its target."""
         threshold = update.memory.get("threshold", self.threshold)
@@ -89,7 +83,5 @@ class DSR(DropAndGrow):
         elif sum(counts) < 0.9 * target:
             update.memory["threshold"] = threshold * 2
         if sum(counts) > 2 * target:
-            chosen = lowest(torch.cat(list(scores.values())), 2 * target, update.stream("", "drop ties"))
-            parts = chosen.split([part.numel() for part in scores.values()])
-            counts = torch.stack([part.sum() for part in parts]).tolist()
+            return {name: count for name, (_, count) in lowest_of_all(update, scores, 2 * target).items()}
         return dict(zip(scores, counts, strict=True))

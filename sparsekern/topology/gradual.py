@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
 
 from sparsekern.allocation import block_counts
 from sparsekern.topology.layer import Layer
-from sparsekern.topology.method import Change, DropAndGrow, Method, Update
+from sparsekern.topology.method import Change, DropAndGrow, Method, Update, lowest_of_all
 from sparsekern.topology.redistribute import check_same_block
-from sparsekern.topology.select import best, lowest
+from sparsekern.topology.select import lowest
 
 NOT_TAKEN = ("drop_fraction", "stop_fraction", "drop_schedule", "new_values")
 
@@ -119,7 +118,9 @@ class GradualMagnitude(DropAndGrow):
         left = 1.0 - update.fraction
         wanted = {name: final[name] + round((initial[name] - final[name]) * left) for name in layers}
         if self.scope == "global":
-            drops = self._lowest_of_all(update, sum(final.values()), sum(initial.values()), left)
+            first, last = sum(initial.values()), sum(final.values())
+            count = max(0, sum(layer.nnz for layer in layers.values()) - last - round((first - last) * left))
+            drops = lowest_of_all(update, {n: self.scores_but_best(update, layers[n]) for n in layers}, count)
         else:
             drops = {}
             for name, layer in layers.items():
@@ -127,18 +128,6 @@ class GradualMagnitude(DropAndGrow):
                 drops[name] = lowest(self.drop_scores(update, layer), count, update.stream(name, "drop ties")), count
         nothing = {name: torch.empty(0, dtype=torch.int64, device=layer.device) for name, layer in layers.items()}
         return {name: Change(drop, nothing[name], count, 0) for name, (drop, count) in drops.items() if count}
-
-    def _lowest_of_all(self, update: Update, final: int, initial: int, left: float) -> dict[str, tuple[Tensor, int]]:
-        layers = update.layers
-        count = max(0, sum(layer.nnz for layer in layers.values()) - final - round((initial - final) * left))
-        parts = []
-        for layer in layers.values():
-            scores = self.drop_scores(update, layer)
-            keep = best(scores) & layer.used()
-            parts.append(scores.masked_fill(keep, torch.inf))
-        chosen = lowest(torch.cat(parts), count, update.stream("", "drop ties")).split([p.numel() for p in parts])
-        counts = torch.stack([part.sum() for part in chosen]).tolist()
-        return {name: (part, n) for name, part, n in zip(layers, chosen, counts, strict=True)}
 
     def _finals(self, layers: Mapping[str, Layer]) -> dict[str, int]:
         """Final blocks of every layer.

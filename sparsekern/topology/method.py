@@ -176,6 +176,14 @@ def drop_count(fraction: float, nnz: int) -> int:
     return min(nnz, math.ceil(fraction * nnz - 1e-9))
 
 
+def lowest_of_all(update: Update, scores: Mapping[str, Tensor], count: int) -> dict[str, tuple[Tensor, int]]:
+    """The ``count`` lowest of all layers' ``scores`` [capacity]: bool [capacity] and how many, by layer (host sync)."""
+    sizes = [part.numel() for part in scores.values()]
+    chosen = lowest(torch.cat(list(scores.values())), count, update.stream("", "drop ties")).split(sizes)
+    counts = torch.stack([part.sum() for part in chosen]).tolist()
+    return dict(zip(scores, zip(chosen, counts, strict=True), strict=True))
+
+
 @dataclass(frozen=True)
 class DropAndGrow(Method):
     """Drop the least important blocks of a layer, grow as many elsewhere; what was just dropped does not return."""
@@ -237,19 +245,19 @@ class DropAndGrow(Method):
 
     def _global_drops(self, update: Update) -> dict[str, tuple[Tensor, int]]:
         """One threshold over all layers; every layer keeps a block, and drops no more than it can grow elsewhere."""
-        layers = update.layers
-        total = drop_count(update.fraction, sum(layer.nnz for layer in layers.values()))
-        parts = []
-        for layer in layers.values():
-            scores = self.drop_scores(update, layer)
-            keep = best(scores) & layer.used()
-            parts.append(scores.masked_fill(keep, torch.inf))
-        chosen = lowest(torch.cat(parts), total, update.stream("", "drop ties")).split([p.numel() for p in parts])
+        scores = {name: self.scores_but_best(update, layer) for name, layer in update.layers.items()}
+        total = drop_count(update.fraction, sum(layer.nnz for layer in update.layers.values()))
         drops = {}
-        for (name, layer), part, scores in zip(layers.items(), chosen, parts, strict=True):
-            count = min(int(part.sum()), layer.free, layer.nnz - 1)
-            drops[name] = lowest(scores, count, update.stream(name, "drop ties")), count
+        for name, (_, below) in lowest_of_all(update, scores, total).items():
+            layer = update.layers[name]
+            count = min(below, layer.free, layer.nnz - 1)
+            drops[name] = lowest(scores[name], count, update.stream(name, "drop ties")), count
         return drops
+
+    def scores_but_best(self, update: Update, layer: Layer) -> Tensor:
+        """:meth:`drop_scores`, +inf at the best block: where layers compare, each keeps one."""
+        scores = self.drop_scores(update, layer)
+        return scores.masked_fill(best(scores) & layer.used(), torch.inf)
 
     def _signed(self, layer: Layer, scores: Tensor, fraction: float, stream: Stream) -> tuple[Tensor, int]:
         """The share of the smallest positive, and that of the largest negative weights; zeros count as positive."""
