@@ -61,11 +61,11 @@ class SRigL(RigL):
         """From ``drop`` [capacity], ``count`` of the layer's smallest blocks, to a change of constant fan-in."""
         grid, used = layer.grid, layer.used()
         width = grid.blocks // grid.rows
-        row_of_slot, row_of_block = layer.row_of_slot(), layer.row_of_block
+        row_of_slot = layer.row_of_slot()
         gradient = update.found[layer.name]  # -inf at stored blocks
         stored, kept = _count(row_of_slot, used, grid.rows), _count(row_of_slot, used & ~drop, grid.rows)
         candidates = highest(gradient, count, update.stream(layer.name, "ties"))
-        salient = kept + _count(row_of_block, candidates, grid.rows)
+        salient = kept + candidates.view(grid.rows, width).sum(1)
 
         fan_in = max(1, layer.nnz // int((stored > 0).sum()))
         enough = max(1, int(ablation * fan_in)) if ablation else 0
@@ -121,15 +121,17 @@ def _highest_of_rows(scores: Tensor, counts: Tensor, stream: Stream) -> Tensor:
     """
     rising = sorted_rows(scores)
     threshold = rising.gather(1, scores.shape[1] - counts.clamp(min=1)[:, None])
-    chosen = (scores > threshold) & (counts > 0)[:, None]
-    tied = (scores == threshold) & (counts > 0)[:, None]
+    threshold = threshold.masked_fill((counts == 0)[:, None], torch.inf)
+    chosen, tied = scores > threshold, scores == threshold
+    wanted = counts - chosen.sum(1)
+    if bool((tied.sum(1) == wanted).all()):  # as good as always: no two gradients at a threshold are equal
+        return chosen | tied
     order = stream.uniform(scores.numel(), scores.device).view_as(scores)
     row, column = tied.nonzero(as_tuple=True)
     by_order = torch.argsort(order[row, column], stable=True)
     by_row = by_order[torch.argsort(row[by_order], stable=True)]
     row, column = row[by_row], column[by_row]
     first = torch.searchsorted(row, torch.arange(scores.shape[0], device=row.device))
-    wanted = counts - chosen.sum(1)
     taken = torch.arange(row.numel(), device=row.device) - first[row] < wanted[row]
     chosen[row[taken], column[taken]] = True
     return chosen
