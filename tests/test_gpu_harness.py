@@ -156,14 +156,14 @@ def test_only_takes_names_and_patterns() -> None:
 def test_failures_stay_alone(tmp_path: Path) -> None:
     chunks = (
         chunk("crash", "import os; print('about to die', flush=True); os.abort()"),
-        chunk("hang", "import time; print('hanging', flush=True); time.sleep(60)", timeout_s=1.0),
+        chunk("hang", "import time; print('hanging', flush=True); time.sleep(600)", timeout_s=1.0),
         chunk("silent", "pass"),
         chunk("half", "import sys; open(sys.argv[1], 'w').write('{\"a\": ')"),
         chunk("fine"),
     )
     start = time.monotonic()
     state, late = run(tmp_path, *chunks)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 300  # nobody waited for the one that hangs
     status = {name: facts["status"] for name, facts in state.chunks.items()}
     assert status == {"crash": "failed", "hang": "timeout", "silent": "failed", "half": "failed", "fine": "ok"}
     assert state.chunks["crash"]["tail"] == ["about to die"] and "hanging" in state.chunks["hang"]["tail"]
@@ -177,16 +177,16 @@ def test_failures_stay_alone(tmp_path: Path) -> None:
 def test_a_timeout_ends_children_and_keeps_what_was_written(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True)\n"
-        "try:\n    time.sleep(60)\n"
+        "try:\n    time.sleep(600)\n"
         "except KeyboardInterrupt:\n    open(sys.argv[1], 'w').write('{\"rows\": 3}')\n"
     )
-    state, _ = run(tmp_path, chunk("rows", code, timeout_s=2.0))
+    state, _ = run(tmp_path, chunk("rows", code, timeout_s=6.0))
     assert state.chunks["rows"]["status"] == "timeout"
     assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": 3}
     child = int(state.chunks["rows"]["tail"][0])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while _alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(child)
