@@ -143,6 +143,8 @@ def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -
             env=settings,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
+            # Under nohup or a shell's `&` interrupts are ignored, and so would be the one that ends a chunk in time.
+            preexec_fn=_heed_interrupts,
         )
         try:
             code: int | None = process.wait(timeout_s)
@@ -167,6 +169,10 @@ def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -
     if status in BAD:
         facts["tail"] = lines[-TAIL_LINES:]
     return facts
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
