@@ -119,3 +119,12 @@ def _poisoned_empty(request: pytest.FixtureRequest) -> Iterator[None]:
     _poison_enabled = request.node.get_closest_marker("no_poison") is None
     yield
     _poison_enabled = True
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny layers, where a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -63,6 +63,12 @@ class Layer:
         """bool [blocks]."""
         return self.layout.block_mask().flatten()
 
+    def stored_but(self, drop: Tensor) -> Tensor:
+        """bool [blocks]: stored blocks without those in the slots ``drop`` bool [capacity]."""
+        mask = torch.zeros(self.grid.blocks + 1, dtype=torch.bool, device=self.device)
+        # Spare slots point past the last block.
+        return mask.scatter_(0, self.layout.slots(), self.used() & ~drop)[:-1]
+
     def places(self) -> Tensor:
         """int64 [nnz], ascending: positions of the stored blocks in the grid."""
         return self.layout.slots()[: self.nnz]
@@ -115,19 +121,6 @@ class Layer:
         """int64 [capacity]: block column over all groups; of spare slots 0."""
         view, (_, ob, _, ib) = self.layout.view, self.grid.shape
         return view.row.long() // ob * ib + view.col.long() % ib
-
-    @functools.cached_property
-    def row_of_block(self) -> Tensor:
-        """int64 [blocks]: block row over all groups."""
-        _, _, t, ib = self.grid.shape
-        return torch.arange(self.grid.blocks, device=self.device) // (t * ib)
-
-    @functools.cached_property
-    def column_of_block(self) -> Tensor:
-        """int64 [blocks]: block column over all groups."""
-        _, ob, t, ib = self.grid.shape
-        block = torch.arange(self.grid.blocks, device=self.device)
-        return block // (ob * t * ib) * ib + block % ib
 
     @functools.cached_property
     def elements_of_block(self) -> Tensor:

@@ -278,9 +278,7 @@ class DropAndGrow(Method):
         """
         _, _, t, ib = shape = layer.grid.shape
         best = scores.double().cpu().numpy().reshape(shape)
-        kept = torch.zeros(layer.grid.blocks + 1, dtype=torch.bool, device=scores.device)
-        kept.scatter_(0, layer.layout.slots(), layer.used() & ~drop)
-        have = kept[:-1].cpu().numpy().reshape(shape).copy()
+        have = layer.stored_but(drop).cpu().numpy().reshape(shape)
         taken = np.zeros(shape, dtype=bool)
 
         def take(place: tuple[int, ...]) -> None:

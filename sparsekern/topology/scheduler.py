@@ -192,16 +192,13 @@ class TopologyScheduler:
         return True
 
     def _apply(self, layer: Layer, change: Change) -> Tensor:
-        mask = torch.zeros(layer.grid.blocks + 1, dtype=torch.bool, device=layer.device)
-        # Spare slots point past the last block.
-        mask.scatter_(0, layer.layout.slots(), layer.used() & ~change.drop)
-        kept = mask[:-1].clone()
-        mask.index_fill_(0, change.grow, True)
-        slot_map = move_blocks_(layer.module, self.optimizer, mask[:-1])
+        kept = layer.stored_but(change.drop)
+        now = kept.index_fill(0, change.grow, True)
+        slot_map = move_blocks_(layer.module, self.optimizer, now)
         layer.nnz += change.grown - change.dropped
         if self.method.new_values == "random" and change.grown:
             draw_(layer, slot_map, change.grown, Stream(self.seed, layer.name, self.updates, "values"))
-        exploration.record(layer, kept, mask[:-1])
+        exploration.record(layer, kept, now)
         return slot_map
 
     def _check_changes(self, changes: Mapping[str, Change]) -> None:

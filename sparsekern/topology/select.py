@@ -134,11 +134,9 @@ def rank_within(key: Tensor, scores: Tensor, keys: int) -> Tensor:
         scores: [n].
     """
     by_score = stable_order(-scores.nan_to_num(nan=-torch.inf))
-    rank = torch.empty_like(by_score)
-    if keys == 1:
-        return rank.scatter_(0, by_score, torch.arange(key.numel(), device=key.device))
     order = by_score[torch.argsort(key[by_score], stable=True)]
     sizes = torch.zeros(keys, dtype=torch.int64, device=key.device).scatter_add_(0, key, torch.ones_like(key))
     first = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
     rank[order] = torch.arange(key.numel(), device=key.device) - first[key[order]]
     return rank

@@ -79,10 +79,11 @@ def draw_(layer: Layer, slot_map: Tensor, grown: int, stream: Stream) -> None:
         grown: blocks that are new.
     """
     slots = positions((slot_map < 0) & layer.used(), grown)
-    inside = layer.inside(layer.places()[slots])
+    whole = layer.inside(layer.places())
+    inside = whole[slots]
     with torch.no_grad():
         stayed = layer.values[: layer.nnz].float().square().sum()
-        weights = layer.inside(layer.places()).sum() - inside.sum()
+        weights = whole.sum() - inside.sum()
         std = (stayed / weights.clamp(min=1)).sqrt()
         drawn = stream.normal(inside.numel(), layer.device).view(inside.shape) * inside * std
         layer.values.index_copy_(0, slots, drawn.to(layer.values.dtype))
