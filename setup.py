@@ -8,11 +8,13 @@ TORCH_CUDA_ARCH_LIST names the GPU architectures.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import json
 import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "cmake"))
+from nvcc import find_nvcc  # noqa: E402
+
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("SPARSEKERN_BUILD", "") or "auto"
 NVCC_GIB, CXX_GIB = 4.0, 1.0  # memory one compiler job may need
@@ -32,39 +37,54 @@ def say(line: str) -> None:
     print(f"sparsekern: {line}", flush=True)
 
 
-def find_nvcc() -> str | None:
-    named = [os.environ.get("CUDACXX", "")]
-    roots = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
-    for candidate in [*named, "nvcc", *(str(Path(root) / "bin" / "nvcc") for root in roots if root)]:
-        if candidate and (found := shutil.which(candidate)):
-            return found
-    return None
-
-
 def cuda_missing() -> str:
     """Why CUDA kernels cannot be built; empty if they can."""
     if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
         return "this version has no CUDA sources (csrc/cuda/*.cu); use SPARSEKERN_BUILD=auto or cpu"
-    if find_nvcc() is None:
-        return (
-            "nvcc was not found in CUDACXX, PATH, CUDA_HOME, /usr/local/cuda; install the CUDA toolkit or set CUDA_HOME"
-        )
-    return ""
+    missing = find_nvcc()[1]
+    return f"{missing}; install the CUDA toolkit, or name it: CUDA_HOME" if missing else ""
 
 
 def available_gib() -> float:
+    """Memory that compilers may use: what is free, within the limit of a container."""
+    found = [float("inf")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+        found += [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append((limit - used) / 2**30)
+    except (OSError, ValueError):
+        pass  # another system, or no limit: "max"
+    return min(found)
 
 
-def job_count(cuda: bool) -> int:
+def job_count(cuda: bool) -> tuple[int, int]:
+    """Jobs of ninja, and architectures that one nvcc compiles at a time: together what cores and memory bear."""
     if jobs := os.environ.get("MAX_JOBS"):
-        return max(1, int(jobs))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cores, available_gib() / (NVCC_GIB if cuda else CXX_GIB))))
+        total = max(1, int(jobs))
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        total = max(1, int(min(cores, available_gib() / (NVCC_GIB if cuda else CXX_GIB))))
+    sources = len(list((ROOT / "csrc" / "cuda").glob("*.cu"))) if cuda else total
+    jobs = min(total, sources)
+    return jobs, total // jobs
+
+
+def section_bytes(path: Path, name: str) -> int:
+    """Size of one section of a 64-bit ELF file, 0 where there is none."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01":
+        return 0
+    (table,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    start = headers[names][4]
+    for header in headers:
+        at = start + header[0]
+        if data[at : data.index(b"\0", at)].decode() == name:
+            return int(header[5])
+    return 0
 
 
 def find_tool(name: str, folder: str) -> str | None:
@@ -86,7 +106,14 @@ def run_cmake(prefix: Path, cuda: bool) -> dict[str, Any]:
     if cmake is None:
         raise RuntimeError("cmake was not found; run: pip install cmake ninja pybind11")
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+    jobs, threads = job_count(cuda)
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSK_CUDA={'ON' if cuda else 'OFF'}"]
+    if cuda:
+        nvcc = find_nvcc()[0]
+        configure += [f"-DSK_NVCC={nvcc}", f"-DSK_NVCC_THREADS={threads}"]
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"={nvcc}\n" not in cache.read_text():
+            configure.append("--fresh")  # CMake does not change a compiler
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     try:
@@ -94,8 +121,10 @@ def run_cmake(prefix: Path, cuda: bool) -> dict[str, Any]:
     except ImportError:
         raise RuntimeError("pybind11 was not found; run: pip install cmake ninja pybind11") from None
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-    jobs = job_count(cuda)
-    say(f"building the native core ({'CPU and CUDA' if cuda else 'CPU'}) with {jobs} jobs")
+    say(
+        f"building the native core ({'CPU and CUDA' if cuda else 'CPU'}) with {jobs} jobs"
+        + (f", {threads} architectures at a time each" if threads > 1 else "")
+    )
     for command in (
         configure,
         [cmake, "--build", str(build), "--target", "_C", "--parallel", str(jobs)],
@@ -139,14 +168,24 @@ def build_native(folder: Path) -> None:
                 raise SystemExit(f"sparsekern: SPARSEKERN_BUILD={MODE}: {error}") from None
             record["error"] = str(error)
             say(f"WARNING: no {target} kernels, going on without (an error with SPARSEKERN_BUILD={target}): {error}")
+    module = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if record["native"] != "none":
+        record |= {"bytes": module.stat().st_size, "cuda_bytes": section_bytes(module, ".nv_fatbin")}
     (folder / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
-    what = {"none": "pure Python, no native core", "cpu": "CPU kernels", "cuda": "CPU and CUDA kernels"}[
-        record["native"]
+    say(f"built: {summary(record)}")
+
+
+def summary(record: dict[str, Any]) -> str:
+    names = {"none": "pure Python, no native core", "cpu": "CPU kernels", "cuda": "CPU and CUDA kernels"}
+    details = [
+        f"{key} {record[key]}" for key in ("compiler", "openmp", "cuda_compiler", "cuda_archs") if record.get(key)
     ]
-    details = [f"{key} {record[key]}" for key in ("compiler", "openmp", "cuda_archs") if record.get(key)]
     if isas := record.get("isas"):
         details.append("instruction sets " + ", ".join(isas))
-    say(f"built: {what}" + (f" ({'; '.join(details)})" if details else ""))
+    if size := record.get("bytes"):
+        cuda = record["cuda_bytes"]
+        details.append(f"_C {size / 1e6:.1f} MB" + (f", of which CUDA {cuda / 1e6:.1f} MB" if cuda else ""))
+    return names[record["native"]] + (f" ({'; '.join(details)})" if details else "")
 
 
 class BuildPy(build_py):
