@@ -81,6 +81,20 @@ void launch(const char *name, void (*kernel)(Args), const Grid &grid, int thread
                name, "cudaLaunchKernel");
 }
 
+#else
+
+template <class Args>
+void launch(const char *name, void (*kernel)(Args), const Grid &grid, int threads, int64_t shared_bytes, const Stream &,
+            const Args &args) {
+    static_assert(sizeof(Args) <= 4096, "a kernel's arguments are at most 4096 bytes");
+    if (grid.x * grid.y * grid.z == 0) return;
+    check_grid(name, grid);
+    const auto call = [&] { kernel(args); };
+    sktest::emulation::machine.launch(
+        name, grid.x, grid.y, grid.z, threads, shared_bytes,
+        [](const void *bound) { (*static_cast<const decltype(call) *>(bound))(); }, &call);
+}
+
 #endif
 
 }  // namespace cuda

@@ -15,7 +15,7 @@
 #else
 
 #define SK_DEVICE __device__ __forceinline__
-// Kernels take one struct of arguments by value: `template <class T> SK_KERNEL(256, 1) void name(SK_ARGS(Args) args)`.
+// Kernels take one struct of arguments by value: `template <class T> SK_KERNEL(256, 1) name(SK_ARGS(Args) args)`.
 #define SK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SK_ARGS(type) const __grid_constant__ type
 #define SK_UNROLL _Pragma("unroll")
