@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a kernel on a case under several schedules and judges it: no problem seen by the emulation, guard zones intact,
 // the right results, and the same bits whatever the schedule.
+//   Tally tally(argc, argv);
+//   for_each_fixture(tally, "streamed", linear_cases(), [&](const Fixture &f, const std::string &test) {
+//       check_product(f, Step::forward, test, tally, [&](auto... given) {
+//           streamed(f.problem, Step::forward, plan, given..., Stream{});
+//       });
+//   });
+//   return tally.finish();
 #pragma once
 
 #include <exception>
@@ -9,6 +16,18 @@
 #include "options.h"
 
 namespace sktest {
+
+constexpr Dtype kDtypes[] = {Dtype::bfloat16, Dtype::float16, Dtype::tf32};
+
+// Calls visit(fixture, name of the test) for each case in each dtype that the tally wants.
+template <class Visit>
+void for_each_fixture(Tally &tally, const std::string &family, const std::vector<Case> &cases, Visit visit) {
+    for (const Case &a : cases)
+        for (const Dtype dtype : kDtypes) {
+            const std::string test = family + " " + name_of(dtype);
+            if (tally.wants(test)) visit(Fixture(a, dtype), test);
+        }
+}
 
 struct Setting {
     emulation::Schedule schedule;

@@ -7,8 +7,6 @@
 namespace sktest {
 namespace {
 
-const Dtype kDtypes[] = {Dtype::bfloat16, Dtype::float16, Dtype::tf32};
-
 void test_numbers(Tally &tally) {
     if (!tally.wants("numbers")) return;
     const auto same = [&](double got, double want, const char *what) {
@@ -146,13 +144,10 @@ struct Simple {
 };
 
 void test_cases(Tally &tally) {
-    uint64_t i = 0;
-    for (const std::vector<Case> &cases : {first_cases(), linear_cases(), conv_cases()}) {
-        for (const Case &a : cases) {
-            const Fixture fixture(a, kDtypes[i++ % 3]);
-            if (tally.wants("simple")) Simple{fixture, fixture.problem, Fault::none}.run("simple", tally);
-        }
-    }
+    for (const std::vector<Case> &cases : {first_cases(), linear_cases(), conv_cases()})
+        for_each_fixture(tally, "simple", cases, [&](const Fixture &fixture, const std::string &test) {
+            Simple{fixture, fixture.problem, Fault::none}.run(test, tally);
+        });
 }
 
 // Each fault must be reported by at least one check.
