@@ -74,6 +74,7 @@ template <class T> SK_DEVICE T load_shared(Shared address, SKTEST_SITE) {
     std::memset(static_cast<void *>(&value), 0xff, sizeof(T));
     const unsigned char *from = on.memory.at(address, sizeof(T), on.thread(), emulation::Access::load, SKTEST_HERE);
     if (from == nullptr) return value;
+    on.conflicts.note(on.thread(), address, sizeof(T), false, SKTEST_HERE);
     on.memory.read(address, sizeof(T), on.thread(), emulation::Access::load, SKTEST_HERE);
     std::memcpy(static_cast<void *>(&value), from, sizeof(T));
     return value;
@@ -83,28 +84,28 @@ template <class T> SK_DEVICE void store_shared(Shared address, const T &value, S
     emulation::Machine &on = emulation::machine;
     unsigned char *to = on.memory.at(address, sizeof(T), on.thread(), emulation::Access::store, SKTEST_HERE);
     if (to == nullptr) return;
+    on.conflicts.note(on.thread(), address, sizeof(T), true, SKTEST_HERE);
     on.memory.write(address, sizeof(T), on.thread(), emulation::Access::store, SKTEST_HERE);
     std::memcpy(to, &value, sizeof(T));
 }
 
-template <class T> bool global_ok(const T *address, const char *what, emulation::Site site) {
-    static_assert(is_word<T>(), "an access to global memory is of 2, 4, 8 or 16 bytes");
-    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-    if (at != 0 && at % sizeof(T) == 0) return true;
-    emulation::report("global " + site.name(),
-                      emulation::machine.memory.where(site) + ": " + what + " of " + std::to_string(sizeof(T)) +
-                          " bytes by thread " + std::to_string(emulation::machine.thread()) + " at an address " +
-                          (at == 0 ? "that is null" : std::to_string(at % sizeof(T)) + " off its alignment"));
-    return false;
-}
 template <class T> SK_DEVICE T load_global(const T *address, SKTEST_SITE) {
+    static_assert(is_word<T>(), "a load is of 2, 4, 8 or 16 bytes");
+    emulation::Machine &on = emulation::machine;
     T value;
     std::memset(static_cast<void *>(&value), 0xff, sizeof(T));
-    if (global_ok(address, "load_global", SKTEST_HERE)) value = *address;
-    return value;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    if (!on.global.aligned(at, sizeof(T), "load_global", on.memory, on.thread(), SKTEST_HERE)) return value;
+    on.global.check_read(at, sizeof(T), on.memory, on.thread(), SKTEST_HERE);
+    return *address;
 }
 template <class T> SK_DEVICE void store_global(T *address, const T &value, SKTEST_SITE) {
-    if (global_ok(address, "store_global", SKTEST_HERE)) *address = value;
+    static_assert(is_word<T>(), "a store is of 2, 4, 8 or 16 bytes");
+    emulation::Machine &on = emulation::machine;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    if (!on.global.aligned(at, sizeof(T), "store_global", on.memory, on.thread(), SKTEST_HERE)) return;
+    on.global.write(at, sizeof(T), on.global_thread(), on.memory, on.thread(), SKTEST_HERE);
+    *address = value;
 }
 
 SK_DEVICE void cp_async_16(Shared to, const void *source, int bytes, SKTEST_SITE) {

@@ -26,7 +26,7 @@ template <bool transposed> void load_matrices(Machine &on, int warp, Operands &o
             on.memory.read(addresses[l], 16, SharedMemory::warp_reader | warp << 5, Access::ldmatrix, site);
         std::memcpy(rows[l], from != nullptr ? from : poison, 16);
     }
-    on.memory.note_matrix_conflicts(addresses, site);
+    on.conflicts.judge_rows(addresses, on.memory, site);
     for (int l = 0; l < 32; ++l) {
         uint32_t *to = static_cast<LoadedMatrices *>(operands[l])->to;
         const int outer = l / 4, inner = l % 4 * 2;

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <exception>
 
+#include "bank_conflicts.h"
 #include "fibers.h"
+#include "global_memory.h"
 #include "shared_memory.h"
 
 namespace sktest {
@@ -43,7 +45,7 @@ struct Copy {
 };
 
 // Asynchronous copies of a thread; groups are ends within `copies`.
-struct Copies_of_thread {
+struct ThreadCopies {
     std::vector<Copy> copies;
     std::vector<size_t> groups;
     size_t first_copy = 0, first_group = 0;
@@ -57,10 +59,14 @@ using Perform = void (*)(Machine &, int warp, Operands &operands, Site site);
 class Machine {
 public:
     SharedMemory memory;
+    GlobalMemory global;
+    BankConflicts conflicts;
     int64_t block[3] = {};
 
     int thread() const { return current_; }
     int threads() const { return threads_; }
+    // Of all threads of the launch.
+    uint64_t global_thread() const { return block_number_ * 1024 + static_cast<uint64_t>(current_); }
 
     void launch(const char *name, int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes,
                 void (*body)(const void *), const void *call) {
@@ -80,6 +86,7 @@ public:
         random_.state = options().seed;
         ++statistics().launches;
         memory.start_launch(name, shared_bytes);
+        global.start_launch();
         for (int t = 0; t < threads; ++t) {
             if (!fibers_[t].created()) fibers_[t].create(static_cast<size_t>(options().stack_bytes), &Machine::enter);
         }
@@ -90,6 +97,7 @@ public:
             for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.next() % i]);
         }
         for (const int64_t index : order) {
+            block_number_ = static_cast<uint64_t>(index);
             block[0] = index % x;
             block[1] = index / x % y;
             block[2] = index / x / y;
@@ -116,6 +124,7 @@ public:
             wait();
             return;
         }
+        conflicts.judge(t >> 5, memory);
         perform(*this, t >> 5, warp.operands, site);
         warp.arrived = 0;
         set_ready_warp(t >> 5, ~(1u << lane));
@@ -140,6 +149,7 @@ public:
         at_barrier_ = 0;
         for (int w = 0; w < threads_ / 32; ++w) {
             warps_[w].at_barrier = 0;
+            conflicts.judge(w, memory);
             set_ready_warp(w, w == t >> 5 ? ~(1u << (t & 31)) : 0xffffffffu);
         }
     }
@@ -155,14 +165,15 @@ public:
             return;
         }
         if (memory.at(to, 16, t, Access::copy, site) == nullptr) return;
+        if (bytes > 0) global.check_read(from, static_cast<size_t>(bytes), memory, t, site);
         memory.issue(to, t, site);
-        Copies_of_thread &own = copies_[t];
+        ThreadCopies &own = copies_[t];
         own.copies.push_back(Copy{to, bytes, static_cast<const unsigned char *>(source), false});
         if (options().copies == Copies::early || (options().copies == Copies::random && random_.next() % 4 == 0))
             perform(own.copies.back());
     }
     void copy_commit() {
-        Copies_of_thread &own = copies_[current_];
+        ThreadCopies &own = copies_[current_];
         own.groups.push_back(own.copies.size());
         if (options().copies != Copies::random) return;
         for (size_t i = own.first_copy; i < own.copies.size(); ++i) {
@@ -170,7 +181,7 @@ public:
         }
     }
     void copy_wait(int pending) {
-        Copies_of_thread &own = copies_[current_];
+        ThreadCopies &own = copies_[current_];
         const size_t keep = static_cast<size_t>(pending);
         if (own.groups.size() - own.first_group <= keep) return;
         own.first_group = own.groups.size() - keep;
@@ -190,10 +201,7 @@ private:
     };
 
     static int first(uint32_t mask) { return __builtin_ctz(mask); }
-    bool same_call(int a, int b) const {
-        return kinds_[a] == kinds_[b] && sites_[a].line == sites_[b].line &&
-               (sites_[a].file == sites_[b].file || std::strcmp(sites_[a].file, sites_[b].file) == 0);
-    }
+    bool same_call(int a, int b) const { return kinds_[a] == kinds_[b] && sites_[a] == sites_[b]; }
 
     void perform(Copy &copy) {
         if (copy.performed) return;
@@ -264,7 +272,8 @@ private:
         }
         for (int t = 0; t < threads_; ++t) {
             kinds_[t] = Collective::none;
-            copies_[t] = Copies_of_thread();
+            conflicts.forget(t);
+            copies_[t] = ThreadCopies();
         }
         at_barrier_ = returned_ = 0;
         aborting_ = false;
@@ -321,7 +330,7 @@ private:
         }
     }
     void finish_copies() {
-        Copies_of_thread &own = copies_[current_];
+        ThreadCopies &own = copies_[current_];
         if (own.first_copy == own.copies.size()) return;
         report("copies at the end " + std::string(name_),
                memory.where(sites_[current_]) + ": thread " + std::to_string(current_) + " returned with " +
@@ -369,6 +378,7 @@ private:
 
     const char *name_ = "";
     int threads_ = 0, current_ = -1;
+    uint64_t block_number_ = 0;
     void (*body_)(const void *) = nullptr;
     const void *call_ = nullptr;
     bool aborting_ = false;
@@ -378,7 +388,7 @@ private:
     Warp warps_[32];
     Site sites_[1024] = {};
     Collective kinds_[1024] = {};
-    Copies_of_thread copies_[1024];
+    ThreadCopies copies_[1024];
     Fiber fibers_[1024];
     Fiber host_;
 };

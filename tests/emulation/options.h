@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <set>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct Options {
     int64_t shared_limit = 227 * 1024;  // bytes a block may have: the most of sm_90 and sm_100; 163 KB on sm_80
     bool races = true;
     bool bank_conflicts = true;
+    bool global_stores = true;         // stores of two threads to the same place, loads of what the launch stores
     int64_t stack_bytes = 256 * 1024;  // of threads that are created from now on
 };
 
@@ -33,6 +35,9 @@ struct Statistics {
     int ldmatrix_conflict = 1;    // 1: no bank conflict; n: n accesses one after another
     int load_conflict = 1, store_conflict = 1;
     std::string ldmatrix_place, load_place, store_place;  // where the worst were seen
+    // Loads and stores of a whole warp that were judged. Those between two collectives are where all lanes make the
+    // same ones in the same order, and not too many.
+    int64_t judged_accesses = 0;
 };
 
 inline Options &options() {
@@ -81,11 +86,41 @@ struct Site {
     const char *file;
     int line;
 
+    bool operator==(const Site &other) const {
+        return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+    }
     std::string name() const {
         const std::string path = file;
         const size_t slash = path.rfind('/');
         return (slash == std::string::npos ? path : path.substr(slash + 1)) + ":" + std::to_string(line);
     }
+};
+
+// Places of calls as small numbers.
+class Sites {
+public:
+    uint16_t number(Site site) {
+        const uintptr_t hash = reinterpret_cast<uintptr_t>(site.file) / 8 + static_cast<uintptr_t>(site.line) * 7;
+        Entry &entry = recent_[hash % 1024];
+        if (entry.site.file != site.file || entry.site.line != site.line) entry = Entry{site, find(site)};
+        return entry.number;
+    }
+    std::string name(uint16_t number) const { return sites_[number].name(); }
+
+private:
+    struct Entry {
+        Site site{nullptr, 0};
+        uint16_t number = 0;
+    };
+    uint16_t find(Site site) {
+        for (size_t i = 0; i < sites_.size(); ++i) {
+            if (sites_[i] == site) return static_cast<uint16_t>(i);
+        }
+        sites_.push_back(site);
+        return static_cast<uint16_t>(sites_.size() - 1);
+    }
+    std::vector<Site> sites_;
+    Entry recent_[1024];
 };
 
 }  // namespace emulation

@@ -79,21 +79,23 @@ public:
 
     // Bytes that `at` allowed.
     void read(uint32_t address, uint32_t size, int thread, Access access, Site site) {
+        const Stamp now = stamp(thread, access, sites_.number(site));
         each_cell(address, size, [&](Cell &cell, uint32_t offset) {
             if (cell.write.block_epoch < block_start_) {
                 ++statistics().unwritten_reads;
             } else if (!ordered(cell.write, thread)) {
                 race(offset, cell.write, thread, access, site);
             }
-            note_read(cell, thread, access, site);
+            note_read(cell, now);
         });
         check_in_flight(address, thread, access, site);
     }
     void write(uint32_t address, uint32_t size, int thread, Access access, Site site) {
         check_in_flight(address, thread, access, site);
+        const Stamp now = stamp(thread, access, sites_.number(site));
         each_cell(address, size, [&](Cell &cell, uint32_t offset) {
             check_before_write(cell, offset, thread, access, site);
-            cell.write = stamp(thread, access, site.line);
+            cell.write = now;
         });
     }
     // A copy of 16 bytes happens at any time between `issue` and `complete`.
@@ -103,34 +105,13 @@ public:
                   [&](Cell &cell, uint32_t offset) { check_before_write(cell, offset, thread, Access::copy, site); });
         Granule &granule = granules_[(address - base) / 16];
         granule.in_flight = static_cast<uint16_t>(thread + 1);
-        granule.line = static_cast<uint16_t>(site.line);
+        granule.site = sites_.number(site);
     }
     void complete(uint32_t address, int thread) {
         Granule &granule = granules_[(address - base) / 16];
         if (granule.in_flight == thread + 1) granule.in_flight = 0;
-        const Stamp now = stamp(thread, Access::copy, granule.line);
+        const Stamp now = stamp(thread, Access::copy, granule.site);
         each_cell(address, 16, [&](Cell &cell, uint32_t) { cell.write = now; });
-    }
-
-    // Rows of 16 bytes: eight a phase, conflicting where they differ but lie on the same four of the 32 banks.
-    void note_matrix_conflicts(const uint32_t (&rows)[32], Site site) {
-        if (!options().bank_conflicts) return;
-        for (int phase = 0; phase < 4; ++phase) {
-            for (int i = 0; i < 8; ++i) {
-                const uint32_t row = rows[phase * 8 + i];
-                int degree = 0;
-                for (int j = 0; j < 8; ++j) {
-                    const uint32_t other = rows[phase * 8 + j];
-                    bool first = row / 16 % 8 == other / 16 % 8;
-                    for (int k = 0; first && k < j; ++k) first = rows[phase * 8 + k] != other;
-                    degree += first;
-                }
-                if (degree > statistics().ldmatrix_conflict) {
-                    statistics().ldmatrix_conflict = degree;
-                    statistics().ldmatrix_place = where(site);
-                }
-            }
-        }
     }
 
     std::string where(Site site) const { return std::string(kernel_) + " " + block_ + " " + site.name(); }
@@ -138,7 +119,7 @@ public:
 private:
     struct Stamp {
         uint32_t block_epoch = 0, warp_epoch = 0;
-        uint16_t thread = 0, line = 0;
+        uint16_t thread = 0, site = 0;
         Access access = Access::load;
     };
     // Of two bytes. Of the reads since the last barrier of the block: the last warp that read, and since its last warp
@@ -151,7 +132,7 @@ private:
     struct Granule {
         Cell whole;
         uint16_t in_flight = 0;  // 1 + the thread whose copy is under way
-        uint16_t line = 0;
+        uint16_t site = 0;       // of that copy
         bool split = false;
     };
     struct Free {
@@ -162,9 +143,8 @@ private:
     static std::string who(int thread) {
         return (thread & warp_reader ? "warp " + std::to_string(warp_of(thread)) : "thread " + std::to_string(thread));
     }
-    Stamp stamp(int thread, Access access, int line) const {
-        return Stamp{block_epoch_, warp_epoch_[warp_of(thread)], static_cast<uint16_t>(thread),
-                     static_cast<uint16_t>(line), access};
+    Stamp stamp(int thread, Access access, uint16_t site) const {
+        return Stamp{block_epoch_, warp_epoch_[warp_of(thread)], static_cast<uint16_t>(thread), site, access};
     }
     bool ordered(const Stamp &past, int thread) const {
         return past.block_epoch < block_epoch_ || past.thread == thread ||
@@ -184,16 +164,15 @@ private:
         }
         for (uint32_t i = 0; i < size / 2; ++i) f(cells[offset % 16 / 2 + i], offset + 2 * i);
     }
-    void note_read(Cell &cell, int thread, Access access, Site site) {
-        const Stamp now = stamp(thread, access, site.line);
+    static void note_read(Cell &cell, const Stamp &now) {
         if (cell.read.block_epoch != now.block_epoch) {
             cell.many = cell.other_warps = false;
-        } else if (warp_of(cell.read.thread) != warp_of(thread)) {
+        } else if (warp_of(cell.read.thread) != warp_of(now.thread)) {
             cell.many = false;
             cell.other_warps = true;
         } else if (cell.read.warp_epoch != now.warp_epoch) {
             cell.many = false;
-        } else if (cell.read.thread != thread) {
+        } else if (cell.read.thread != now.thread) {
             cell.many = true;
         }
         cell.read = now;
@@ -209,19 +188,18 @@ private:
     void check_in_flight(uint32_t address, int thread, Access access, Site site) {
         const Granule &granule = granules_[(address - base) / 16];
         if (granule.in_flight == 0 || !options().races) return;
-        report("in flight " + site.name() + " " + std::to_string(granule.line),
+        report("in flight " + site.name() + " " + std::to_string(granule.site),
                where(site) + ": race on shared memory: byte " + std::to_string(address - base) + ": " +
                    name_of(access) + " by " + who(thread) + " while cp_async_16 by " + who(granule.in_flight - 1) +
-                   " (line " + std::to_string(granule.line) + ") is under way: no cp_async_wait between them");
+                   " (" + sites_.name(granule.site) + ") is under way: no cp_async_wait between them");
     }
     void race(uint32_t offset, const Stamp &past, int thread, Access access, Site site) {
         if (!options().races) return;
         const bool same_warp = warp_of(past.thread) == warp_of(thread);
-        report("race " + site.name() + " " + std::to_string(past.line) + name_of(access) + name_of(past.access),
+        report("race " + site.name() + " " + std::to_string(past.site) + name_of(access) + name_of(past.access),
                where(site) + ": race on shared memory: byte " + std::to_string(offset) + ": " + name_of(access) +
-                   " by " + who(thread) + " after " + name_of(past.access) + " by " + who(past.thread) + " (line " +
-                   std::to_string(past.line) + ") with no " + (same_warp ? "warp_barrier" : "barrier") +
-                   " between them");
+                   " by " + who(thread) + " after " + name_of(past.access) + " by " + who(past.thread) + " (" +
+                   sites_.name(past.site) + ") with no " + (same_warp ? "warp_barrier" : "barrier") + " between them");
     }
 
     const char *kernel_ = "";
@@ -231,6 +209,7 @@ private:
     // Never reset, so that what other blocks and launches left behind is always older.
     uint32_t block_epoch_ = 0, block_start_ = 0;
     uint32_t warp_epoch_[32] = {};
+    Sites sites_;
     std::vector<Granule> granules_;
     std::vector<Cell> halves_;
 };
