@@ -56,6 +56,17 @@ public:
         }
     }
 
+    // One chunk, element by element; zeros after the first `elements`.
+    SK_DEVICE static Words4 gather(const typename E::Storage *source, int elements) {
+        constexpr int per_word = 4 / E::bytes;
+        uint32_t words[4] = {0, 0, 0, 0};
+        SK_UNROLL
+        for (int i = 0; i < chunk; ++i) {
+            if (i < elements) words[i / per_word] |= uint32_t{load_global(source + i)} << (i % per_word * 16);
+        }
+        return {words[0], words[1], words[2], words[3]};
+    }
+
 private:
     struct Place {
         int image, y, x, chunk;
@@ -90,17 +101,6 @@ private:
     }
 
     SK_DEVICE static int clamp(int elements) { return elements < 0 ? 0 : elements > chunk ? chunk : elements; }
-
-    // One chunk, element by element; zeros after the first `elements`.
-    SK_DEVICE static Words4 gather(const typename E::Storage *source, int elements) {
-        constexpr int per_word = 4 / E::bytes;
-        uint32_t words[4] = {0, 0, 0, 0};
-        SK_UNROLL
-        for (int i = 0; i < chunk; ++i) {
-            if (i < elements) words[i / per_word] |= uint32_t{load_global(source + i)} << (i % per_word * 16);
-        }
-        return {words[0], words[1], words[2], words[3]};
-    }
 
     Box box_;
     int chunks_;
