@@ -42,17 +42,20 @@ public:
         const auto *data = static_cast<const typename E::Storage *>(image.data) + first;
         const bool aligned =
             (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(image.ld * E::bytes)) % 16 == 0;
+        const auto each_chunk = [&](const auto &copy) {
+            walk(to, pitch, [&](Shared at, const Place &a) {
+                const int64_t n = n0 + a.image;
+                const int y = y0 + a.y, x = x0 + a.x, channel = a.chunk * chunk;
+                const bool inside = n >= 0 && n < image.n && y >= 0 && y < image.h && x >= 0 && x < image.w;
+                const int elements = inside ? clamp(count - channel) : 0;
+                copy(at, elements ? data + (((n * image.h + y) * image.w + x) * image.ld + channel) : data, elements);
+            });
+        };
         if (aligned) {
-            walk(to, pitch, image, n0, y0, x0, [&](Shared at, int64_t pixel, int column) {
-                const int elements = pixel < 0 ? 0 : clamp(count - column);
-                const auto *source = elements > 0 ? data + (pixel * image.ld + column) : data;
-                cp_async_16(at, source, elements * E::bytes);
-            });
+            each_chunk([](Shared at, const auto *from, int elements) { cp_async_16(at, from, elements * E::bytes); });
         } else {
-            walk(to, pitch, image, n0, y0, x0, [&](Shared at, int64_t pixel, int column) {
-                const int elements = pixel < 0 ? 0 : clamp(count - column);
-                store_shared(at, gather(data + (elements > 0 ? pixel * image.ld + column : 0), elements));
-            });
+            each_chunk(
+                [](Shared at, const auto *from, int elements) { store_shared(at, BoxWalk::gather(from, elements)); });
         }
     }
 
@@ -65,6 +68,11 @@ public:
             if (i < elements) words[i / per_word] |= uint32_t{load_global(source + i)} << (i % per_word * 16);
         }
         return {words[0], words[1], words[2], words[3]};
+    }
+
+    // visit(address) for each chunk that load copies.
+    template <class Visit> SK_DEVICE void each(Shared to, int pitch, const Visit &visit) const {
+        walk(to, pitch, [&](Shared at, const Place &) { visit(at); });
     }
 
 private:
@@ -87,16 +95,10 @@ private:
         if (a.y >= box_.height) a.y -= box_.height, ++a.image;
     }
 
-    // copy(address, pixel of the image or -1, channel after the first) for each chunk.
-    template <class Copy>
-    SK_DEVICE void walk(Shared to, int pitch, const Image &image, int64_t n0, int y0, int x0, const Copy &copy) const {
+    template <class Visit> SK_DEVICE void walk(Shared to, int pitch, const Visit &visit) const {
         for (Place a = start_; a.image < box_.images; advance(a)) {
-            const int64_t n = n0 + a.image;
-            const int y = y0 + a.y, x = x0 + a.x;
-            const bool inside = n >= 0 && n < image.n && y >= 0 && y < image.h && x >= 0 && x < image.w;
             const int row = (a.image * box_.height + a.y) * box_.width + a.x;
-            copy(to + static_cast<Shared>(row * pitch + a.chunk * 16), inside ? (n * image.h + y) * image.w + x : -1,
-                 a.chunk * chunk);
+            visit(to + static_cast<Shared>(row * pitch + a.chunk * 16), a);
         }
     }
 
