@@ -35,7 +35,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparsekern/_version.py $(w
 CPP_FILES := $(shell find tests/cpp tests/emulation csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-aot test-aot-sample test-cuda test-cuda-sample test-nvrtc test-slow \
+.PHONY: help demo test test-cpp test-python test-aot test-aot-sample test-cuda test-slow \
         lane-native lane-python bench gpu lint format wheel doctor clean
 
 help:
@@ -87,8 +87,8 @@ lane-python:
 	@set -o pipefail; $(MAKE) --no-print-directory test-python 2>&1 | tee build/lanes/python
 
 lane-native:
-	@status=0; for part in test-cpp test-cuda-sample test-aot-sample; do \
-	    $(MAKE) --no-print-directory JOBS=1 $$part || status=1; \
+	@status=0; for part in test-cpp test-cuda test-aot-sample; do \
+	    $(MAKE) --no-print-directory JOBS=1 CUDA_ARGS=--quiet $$part || status=1; \
 	done >build/lanes/native 2>&1; exit $$status
 
 # CUDA kernels are emulated under sanitizers alone: that finds more, and each run takes its time.
@@ -116,10 +116,7 @@ test-aot-sample: ## a part of test-aot: every kernel, dtype and extreme block
 	$(MAKE) --no-print-directory test-aot AOT_ARGS='--sample $(AOT_ARGS)'
 
 test-cuda: $(VENV)/.sk-test $(VENV)/.sk-nvcc ## every CUDA kernel compiled for three GPUs and checked, without a GPU
-	$(PY) -m tests.cuda_gate --jobs $(JOBS) $(CUDA_ARGS)
-
-test-cuda-sample: ## a part of test-cuda: every kernel for one GPU, the bf16 ones for the others
-	$(MAKE) --no-print-directory test-cuda CUDA_ARGS='--sample --quiet $(CUDA_ARGS)'
+	$(PY) -m tests.cuda_build.gate --jobs $(JOBS) $(CUDA_ARGS)
 
 test-slow: $(VENV)/.sk-test ## tests that take minutes: clean installations, long runs
 	$(PY) -m pytest -q tests -m slow $(PYTEST_ARGS)

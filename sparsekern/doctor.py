@@ -49,7 +49,7 @@ def collect() -> Report:
     }
     report.facts["native core"] = _native(report)
     report.facts["OpenMP"] = _openmp(report, _mapped_files())
-    report.facts["CUDA"] = _cuda()
+    report.facts["CUDA"] = _cuda(report, _devices(), _driver())
     report.facts["backends"] = _backends(report)
     return report
 
@@ -79,10 +79,12 @@ def _cores() -> int:
 def _native(report: Report) -> dict[str, str]:
     info = native.build_info()
     facts = {"found": str(info["path"]) if native.available() else f"no: {native.why()}"}
-    labels = {"mode": "SPARSEKERN_BUILD", "native": "kernels", "compiler": "compiler", "cuda_archs": "CUDA archs"}
+    labels = {"mode": "SPARSEKERN_BUILD", "native": "kernels", "compiler": "compiler"}
     facts |= {label: str(info[key]) for key, label in labels.items() if info.get(key)}
     if info.get("isas"):
         facts["instruction sets"] = ", ".join(info["isas"])
+    if info.get("bytes"):
+        facts["size"] = f"{info['bytes'] / 1e6:.1f} MB"
     if info.get("openmp"):
         facts["OpenMP"] = str(info["openmp"])
     if native.available():
@@ -136,15 +138,71 @@ def _openmp(report: Report, mapped: Iterable[str]) -> dict[str, str]:
     return {f"runtime {i}": path for i, path in enumerate(runtimes, 1)} or {"runtime": "none found"}
 
 
-def _cuda() -> dict[str, str]:
-    if torch.version.cuda is None:
-        return {"devices": "none (this torch is built without CUDA)"}
-    if not torch.cuda.is_available():
-        return {"devices": f"none (torch has CUDA {torch.version.cuda}, no usable GPU or driver)"}
-    return {
-        f"device {i}": f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, capability))}"
-        for i, capability in ((i, torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count()))
-    }
+def _devices() -> list[tuple[str, tuple[int, int]]]:
+    """(name, compute capability) of each GPU that torch can use."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    count = torch.cuda.device_count()
+    return [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in range(count)]
+
+
+def _driver() -> tuple[int, int]:
+    """The newest CUDA that the driver serves; (0, 0) where there is none."""
+    version = int(getattr(torch._C, "_cuda_getDriverVersion", int)())
+    return version // 1000, version % 1000 // 10
+
+
+def _cuda(report: Report, devices: list[tuple[str, tuple[int, int]]], driver: tuple[int, int]) -> dict[str, str]:
+    if devices:
+        facts = {
+            f"device {i}": f"{name}, compute capability {major}.{minor}"
+            for i, (name, (major, minor)) in enumerate(devices)
+        }
+        facts["driver"] = f"serves CUDA up to {driver[0]}.{driver[1]}"
+    elif torch.version.cuda is None:
+        facts = {"devices": "none (this torch is built without CUDA)"}
+    else:
+        facts = {"devices": f"none (torch has CUDA {torch.version.cuda}, no usable GPU or driver)"}
+    return facts | _cuda_kernels(report, devices, driver)
+
+
+def _cuda_kernels(
+    report: Report, devices: list[tuple[str, tuple[int, int]]], driver: tuple[int, int]
+) -> dict[str, str]:
+    """The CUDA C++ kernels in the native core, and whether the devices at hand can run them."""
+    info = native.build_info()
+    archs, compiler = str(info.get("cuda_archs", "")), str(info.get("cuda_compiler", ""))
+    versions = " ".join(dict.fromkeys(f"{major}.{minor}" for _, (major, minor) in devices))
+    again = f"SPARSEKERN_BUILD=cuda {_REINSTALL} -v sparsekern"
+    if not native.available() or not archs:
+        failed = info.get("error") if info.get("native") == "cpu" else ""
+        if failed:
+            report.problems.append((f"no CUDA C++ kernels: their build failed: {failed}", f"{again}  shows why"))
+        if not devices:
+            return {"kernels": "not built"}
+        return {"kernels": f"not built, Triton serves the GPU; with the CUDA toolkit: {again}"}
+
+    size = f", {info['cuda_bytes'] / 1e6:.1f} MB" if info.get("cuda_bytes") else ""
+    facts = {"kernels": f"for {archs}" + (f", by nvcc {compiler}" if compiler else "") + size}
+    images = {i: native.cuda_image(archs, capability) for i, (_, capability) in enumerate(devices)}
+    for i, image in images.items():
+        compiled = " (PTX that the driver compiles at first use)" if image.startswith("compute") else ""
+        facts[f"device {i} runs"] = f"{image or 'none of them'}{compiled}"
+    if missing := [i for i, image in images.items() if not image]:
+        names = ", ".join(f"{devices[i][0]} ({'.'.join(map(str, devices[i][1]))})" for i in missing)
+        if all(devices[i][1] < (8, 0) for i in missing):
+            fix = "none: they need compute capability 8.0; the dense backend computes there"
+        else:
+            fix = f'TORCH_CUDA_ARCH_LIST="{versions}" {again}'
+        report.problems.append((f"the CUDA kernels are for {archs}, which {names} cannot run", fix))
+    if devices and compiler and int(compiler.split(".")[0]) > driver[0]:
+        report.problems.append(
+            (
+                f"the CUDA kernels were built by nvcc {compiler}, the driver serves CUDA up to {driver[0]}.{driver[1]}",
+                f"update the driver, or build them with CUDA {driver[0]}: CUDA_HOME=/path/to/it {again}",
+            )
+        )
+    return facts
 
 
 def _backends(report: Report) -> dict[str, str]:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import logging
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,8 @@ def build_info() -> dict[str, Any]:
     """How the core was built: the installation's record, and what the loaded module says of itself.
 
     Keys as far as known: ``mode`` (SPARSEKERN_BUILD), ``native`` ("none", "cpu", "cuda"), ``version``, ``compiler``,
-    ``isas`` built, ``isa`` chosen on this processor, ``openmp``, ``cuda_archs``, ``path``, ``malloc``.
+    ``isas`` built, ``isa`` chosen on this processor, ``openmp``, ``cuda_archs`` and ``cuda_compiler`` (empty without
+    CUDA kernels), ``bytes`` and ``cuda_bytes`` of the file, ``path``, ``malloc``.
     """
     info = build_record()
     module = _load()[0]
@@ -85,3 +87,20 @@ def build_info() -> dict[str, Any]:
         info["path"] = module.__file__
         info["malloc"] = _memory[0]
     return info
+
+
+def cuda_image(archs: str, capability: tuple[int, int]) -> str:
+    """Which code for ``archs`` ("8.0 9.0a 10.0+PTX") a device of this compute capability runs.
+
+    "sm_90a": machine code, for the same major version and no later minor one ("a": for that version alone).
+    "compute_100": PTX of an earlier version, which the driver compiles at first use. Empty: none.
+    """
+    code, ptx = [], []
+    for major, minor, exact, with_ptx in re.findall(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", archs):
+        version = (int(major), int(minor))
+        if version == capability or (not exact and version[0] == capability[0] and version < capability):
+            code.append((version, f"sm_{major}{minor}{exact}"))
+        if with_ptx and (version == capability or (not exact and version < capability)):
+            ptx.append((version, f"compute_{major}{minor}{exact}"))
+    found = code or ptx
+    return max(found)[1] if found else ""
