@@ -150,6 +150,16 @@ SK_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], Shared row) {
                  : "memory");
 }
 
+// The same where `wanted`, which is equal over the warp; else `to` stays. No branch, across which the compiler would move
+// no instructions.
+SK_DEVICE void ldmatrix_x4_trans_if(bool wanted, uint32_t (&to)[4], Shared row) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
+                 "@wanted ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3])
+                 : "r"(row), "r"(static_cast<uint32_t>(wanted))
+                 : "memory");
+}
+
 // Element types: how they lie in memory, and the depth of one multiply instruction.
 struct Bf16 {
     using Storage = uint16_t;

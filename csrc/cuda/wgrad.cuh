@@ -13,7 +13,18 @@ constexpr int WGRAD_THREADS = 512;
 // -- the product of one tile
 // ------------------------------------------------------------------------------------------------------
 
-// Count pieces, known when compiled: no test between their multiplications, so that loads overlap them.
+template <class T>
+SK_DEVICE void multiply_piece(float (&sums)[T::m_tiles][T::n_tiles][4], const uint32_t (&a)[T::m_tiles][4],
+                              const uint32_t (&b)[T::n_tiles][2]) {
+    SK_UNROLL
+    for (int m = 0; m < T::m_tiles; ++m) {
+        SK_UNROLL
+        for (int n = 0; n < T::n_tiles; ++n) mma<typename T::E>(sums[m][n], a[m], b[n][0], b[n][1]);
+    }
+}
+
+// Count pieces, known when compiled: no test between their multiplications. x of a piece is loaded while the one before
+// is multiplied, because the compiler moves no ldmatrix ahead of an mma.
 template <class T, int Count>
 SK_DEVICE void multiply(const WgradCut &cut, Shared dy, Shared x, const Share<T> &share, Accumulators<T> &sums) {
     using Operands = WgradOperands<T>;
@@ -23,17 +34,13 @@ SK_DEVICE void multiply(const WgradCut &cut, Shared dy, Shared x, const Share<T>
     SK_NO_UNROLL
     for (int pixel = 0; pixel < cut.dy.rows; pixel += E::depth) {
         const typename Operands::XRows x_at = Operands::x_rows(x, x_rows, pixel);
-        uint32_t a[T::m_tiles][4];
+        uint32_t a[T::m_tiles][4], b[2][T::n_tiles][2];
+        Operands::load_x(b[0], x_at, share.x[0]);
         SK_UNROLL
         for (int j = 0; j < Count; ++j) {
-            if (j == 0 || share.dy[j] != share.dy[j - 1]) Operands::load_dy(a, dy_at + share.dy[j], cut.dy.pitch);
-            uint32_t b[T::n_tiles][2];
-            Operands::load_x(b, x_at, share.x[j]);
-            SK_UNROLL
-            for (int m = 0; m < T::m_tiles; ++m) {
-                SK_UNROLL
-                for (int n = 0; n < T::n_tiles; ++n) mma<E>(sums.at[j][m][n], a[m], b[n][0], b[n][1]);
-            }
+            Operands::load_dy(j == 0 || share.dy[j] != share.dy[j - 1], a, dy_at + share.dy[j], cut.dy.pitch);
+            if (j + 1 < Count) Operands::load_x(b[(j + 1) % 2], x_at, share.x[j + 1]);
+            multiply_piece<T>(sums.at[j], a, b[j % 2]);
         }
         dy_at += E::depth * cut.dy.pitch;
     }

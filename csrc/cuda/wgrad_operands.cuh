@@ -38,9 +38,10 @@ template <class T> struct WgradOperands<T, 2> {
         const int lane = lane_id();
         return tile + load_shared<uint32_t>(table + (pixel + lane % 16) * 4) + lane / 16 * 16;
     }
-    SK_DEVICE static void load_dy(uint32_t (&a)[T::m_tiles][4], DyRows rows, int) {
+    // Where not `wanted`, which is equal over the warp, `a` stays.
+    SK_DEVICE static void load_dy(bool wanted, uint32_t (&a)[T::m_tiles][4], DyRows rows, int) {
         SK_UNROLL
-        for (int m = 0; m < T::m_tiles; ++m) ldmatrix_x4_trans(a[m], rows + m * 32);
+        for (int m = 0; m < T::m_tiles; ++m) ldmatrix_x4_trans_if(wanted, a[m], rows + m * 32);
     }
     SK_DEVICE static void load_x(uint32_t (&b)[T::n_tiles][2], XRows rows, int offset) {
         SK_UNROLL
@@ -77,7 +78,8 @@ template <class T> struct WgradOperands<T, 4> {
         const Shared channels = tile + lane / 4 * (T::i / 8 * 4);
         return {channels + rows.x, channels + rows.y};
     }
-    SK_DEVICE static void load_dy(uint32_t (&a)[T::m_tiles][4], DyRows rows, int pitch) {
+    SK_DEVICE static void load_dy(bool wanted, uint32_t (&a)[T::m_tiles][4], DyRows rows, int pitch) {
+        if (!wanted) return;
         SK_UNROLL
         for (int k = 0; k < 2; ++k) {
             uint32_t words[T::o / 8];

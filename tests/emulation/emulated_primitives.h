@@ -177,6 +177,9 @@ SK_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], Shared row, SKTEST_SITE) {
     emulation::machine.collective(emulation::Collective::ldmatrix_trans, SKTEST_HERE, &own,
                                   emulation::load_matrices<true>);
 }
+SK_DEVICE void ldmatrix_x4_trans_if(bool wanted, uint32_t (&to)[4], Shared row, SKTEST_SITE) {
+    if (wanted) ldmatrix_x4_trans(to, row, site_line, site_file);
+}
 
 struct Bf16 {
     using Storage = uint16_t;
