@@ -60,7 +60,7 @@ def problems(kernel: Kernel) -> tuple[str, ...]:
     found = []
     if kernel.spill_stores or kernel.spill_loads:
         found.append(f"{kernel.spill_stores} + {kernel.spill_loads} bytes of registers spilled (stored + loaded)")
-    if kernel.stack:
+    elif kernel.stack:
         found.append(f"{kernel.stack} bytes of stack: an array is indexed by a value unknown to the compiler")
     if not kernel.threads:
         found.append("no launch bounds: any number of threads must fit, which costs registers")
