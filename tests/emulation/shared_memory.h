@@ -122,10 +122,10 @@ private:
         uint16_t thread = 0, site = 0;
         Access access = Access::load;
     };
-    // Of two bytes. Of the reads since the last barrier of the block: the last warp that read, and since its last warp
-    // barrier one thread and whether there were more; and whether other warps read too. That decides every later write.
+    // Of two bytes. Of the reads since the last barrier of the block: the last; whether its warp read otherwise since
+    // its last warp barrier; whether other warps read; and a read of that kind. This decides for every later write.
     struct Cell {
-        Stamp write, read;
+        Stamp write, read, other;
         bool many = false, other_warps = false;
     };
     // Of 16 bytes: one cell as long as all accesses are whole, else eight.
@@ -170,20 +170,23 @@ private:
         } else if (warp_of(cell.read.thread) != warp_of(now.thread)) {
             cell.many = false;
             cell.other_warps = true;
+            cell.other = cell.read;
         } else if (cell.read.warp_epoch != now.warp_epoch) {
             cell.many = false;
         } else if (cell.read.thread != now.thread) {
             cell.many = true;
+            if (!cell.other_warps) cell.other = cell.read;
         }
         cell.read = now;
     }
     void check_before_write(const Cell &cell, uint32_t offset, int thread, Access access, Site site) {
         if (!ordered(cell.write, thread)) race(offset, cell.write, thread, access, site);
         if (cell.read.block_epoch < block_epoch_) return;
-        const bool same_warp = warp_of(cell.read.thread) == warp_of(thread);
-        const bool since = cell.read.warp_epoch == warp_epoch_[warp_of(thread)];
-        if (!same_warp || cell.other_warps || (since && (cell.many || cell.read.thread != thread)))
+        if (!ordered(cell.read, thread)) {
             race(offset, cell.read, thread, access, site);
+        } else if (cell.other_warps || (cell.many && cell.read.warp_epoch == warp_epoch_[warp_of(thread)])) {
+            race(offset, cell.other, thread, access, site);
+        }
     }
     void check_in_flight(uint32_t address, int thread, Access access, Site site) {
         const Granule &granule = granules_[(address - base) / 16];
