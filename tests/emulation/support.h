@@ -253,6 +253,7 @@ public:
     }
     bool everything() const { return everything_; }
     void quiet() { quiet_ = true; }
+    void stop_at_first_failure() { hasty_ = true; }
     int64_t failed() const { return failed_; }
     // Whether the next test is to run. Under sanitizers a fixed quarter of them do.
     bool wants(const std::string &test) {
@@ -269,6 +270,7 @@ public:
         } else if (++failed_ <= 40 && !quiet_) {
             std::printf("FAILED %s: %s\n", test.c_str(), what.c_str());
             std::fflush(stdout);
+            if (hasty_) std::_Exit(1);
         }
     }
     // Prints the closing line; the exit status: 0 passed, 1 failed, 2 nothing ran.
@@ -280,7 +282,7 @@ public:
 
 private:
     std::string only_;
-    bool everything_ = false, quiet_ = false;
+    bool everything_ = false, quiet_ = false, hasty_ = false;
     int64_t passed_ = 0, failed_ = 0;
     uint64_t seen_ = 0;
 };

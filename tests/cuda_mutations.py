@@ -1,0 +1,284 @@
+"""Faults put into copies of the CUDA kernels, to see that the emulation's tests notice each of them.
+
+One executable per family of kernels holds all mutations behind switches (tests/emulation/mutation.h), so that a
+mutation costs one run, not one build::
+
+    python -m tests.cuda_mutations stationary              # barriers, waits, swapped dimensions and edges, ...
+    python -m tests.cuda_mutations stationary --survey     # every operator and condition
+
+It prints the mutations that survive. Of a survey some always do: an expression that only decides speed, or a constant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "csrc/cuda"
+EMULATION = ROOT / "tests/emulation"
+TIMEOUT = 20.0  # seconds of one run, which take less than one
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+# Of names that stand for different things of one type: the one is taken for the other.
+PAIRS = [
+    ("stride_h", "stride_w"),
+    ("dilation_h", "dilation_w"),
+    ("pad_top", "pad_left"),
+    ("tile_h", "tile_w"),
+    ("height", "width"),
+    ("bo", "bi"),
+    ("h", "w"),
+    ("p", "q"),
+    ("r", "s"),
+    ("rows", "cols"),
+    ("row_ptr", "t_ptr"),
+    ("col", "t_row"),
+    ("row_order", "t_order"),
+    ("union_ptr", "t_union_ptr"),
+    ("union_list", "t_union_list"),
+    ("out_per_group()", "in_per_group()"),
+    ("rows()", "cols()"),
+]
+PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])} | {"t_perm": "row"}
+OPERATORS = {"<<": "l", ">>": "r", "<=": "L", ">=": "G", "==": "=", "!=": "!"} | {c: c for c in "+-*/%&|^<>"}
+
+
+# Included for a part that has no mutations.
+UNUSED = {"stationary": set(), "streamed": set(), "wgrad": {"box.cuh"}}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault that a switch turns on; numbers from 1."""
+
+    number: int
+    file: str
+    line: int
+    kind: str
+    what: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.line} {self.kind}: {self.what}"
+
+
+def blank(text: str) -> str:
+    """Comments, strings and directives as spaces: what is left is code at the same places."""
+    token = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n\\]|\\.|\\\n)*', re.S | re.M)
+    return token.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+
+
+def closing(code: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at ``opening``."""
+    depth = 0
+    for i in range(opening, len(code)):
+        depth += {"(": 1, ")": -1}.get(code[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError("unbalanced parentheses")
+
+
+def constants(code: str) -> list[tuple[int, int]]:
+    """Spans that are evaluated when compiled: a switch has no effect there."""
+    spans = [found.span() for found in re.finditer(r"\bconstexpr\b[^;{(=]*=[^;]*;", code)]
+    for found in re.finditer(r"\b(?:static_assert|if constexpr|SK_KERNEL|alignas) ?\(", code):
+        spans.append((found.start(), closing(code, found.end() - 1)))
+    spans += [found.span() for found in re.finditer(r"\w<[^<>;(){}=]*>", code)]
+    spans += [found.span() for found in re.finditer(r"\benum\b[^;]*;", code)]
+    return spans
+
+
+def refusals(code: str) -> list[tuple[int, int]]:
+    """Spans that look for bad arguments only: these tests have none."""
+    spans = [(found.start(), code.index("\n}", found.end())) for found in re.finditer(r"\bvoid check_\w+\(", code)]
+    for found in re.finditer(r"\b(?:expect|refuse)\(", code):
+        spans.append((found.start(), closing(code, found.end() - 1)))
+    return spans
+
+
+class Source:
+    """A source file into which switches are put."""
+
+    def __init__(self, file: str, text: str, first: int, barred: set[tuple[str, int, str]]) -> None:
+        self.file, self.text, self.code, self.barred = file, text, blank(text), barred
+        self.fixed = constants(self.code) + refusals(self.code)
+        self.lines = [0] + [found.end() for found in re.finditer("\n", text)]
+        self.mutations: list[Mutation] = []
+        self.first = first
+        self.inserts: list[tuple[int, int, str]] = []  # place, order at one place, text
+
+    def mutation(self, kind: str, start: int, what: str) -> int | None:
+        """Number of a new mutation at ``start``; None where a switch would do nothing or not compile."""
+        if any(a <= start < b for a, b in self.fixed):
+            return None
+        line = bisect.bisect_right(self.lines, start)
+        if (self.file, line, kind) in self.barred:
+            return None
+        number = self.first + len(self.mutations)
+        self.mutations.append(Mutation(number, self.file, line, kind, " ".join(what.split())))
+        return number
+
+    def around(self, start: int, end: int, before: str, after: str) -> None:
+        """Wrap ``text[start:end]``; of nested pieces the longer one is wrapped outside."""
+        self.inserts.append((start, len(self.text) - end, before))
+        self.inserts.append((end, -len(self.text) - start, after))
+
+    def instrumented(self) -> str:
+        text, parts, at = self.text, [], 0
+        for place, _, insert in sorted(self.inserts):
+            parts += [text[at:place], insert]
+            at = place
+        return "".join(parts) + text[at:]
+
+    # -- kinds of mutations
+
+    def synchronization(self) -> None:
+        for call, kind in (("barrier", "barrier"), ("warp_barrier", "warp barrier"), ("cp_async_commit", "commit")):
+            for found in re.finditer(rf"(?<!\w){call}\(\)(?=;)", self.code):
+                if number := self.mutation(f"{kind} removed", found.start(), found.group()):
+                    self.around(*found.span(), f"if (sktest::mutated({number})) {{}} else ", "")
+        for found in re.finditer(r"\bcp_async_wait<([^;]*)>\(\)(?=;)", self.code):
+            pending = found[1]
+            removed = self.mutation("wait removed", found.start(), found.group())
+            fewer = self.mutation("wait for fewer", found.start(), found.group())
+            switch = f"if (sktest::mutated({removed})) {{}} else if (sktest::mutated({fewer})) "
+            self.around(*found.span(), f"{switch}cp_async_wait<({pending}) + 1>(); else ", "")
+
+    def names(self) -> None:
+        names = "|".join(re.escape(name) for name in sorted(PARTNER, key=len, reverse=True))
+        owner = r"(?<![\w.>+&-])((?:\w+(?:\.|->))+)"
+        for found in re.finditer(rf"{owner}({names})(?![\w(])(?!\s*[-+*/|&^]?=[^=])(?!\+\+|--)", self.code):
+            partner = PARTNER[found[2]]
+            if number := self.mutation(f"taken for {partner}", found.start(), found.group()):
+                self.around(*found.span(), f"(sktest::mutated({number}) ? {found[1]}{partner} : ", ")")
+
+    def operators(self) -> None:
+        for found in re.finditer(r"(?<=[\w\])])\s+(<<|>>|<=|>=|==|!=|[-+*/%&|^<>])(?=\s)", self.code):
+            start, end = found.span(1)
+            context = self.text[max(0, start - 24) : start] + "[" + found[1] + "]" + self.text[end : end + 24]
+            if number := self.mutation(f"operator {found[1]}", start, context):
+                self.around(end, end, f"sktest::Operator<'{OPERATORS[found[1]]}'>{{{number}}}{found[1]}", "")
+
+    def conditions(self) -> None:
+        for found in re.finditer(r"\bif \(", self.code):
+            start, end = found.end(), closing(self.code, found.end() - 1)
+            condition = self.text[start:end]
+            if re.search(r"[^=!<>]=[^=]", condition):
+                continue
+            if (never := self.mutation("never", start, condition)) and (
+                always := self.mutation("always", start, condition)
+            ):
+                switch = f"sktest::mutated({always}) || (!sktest::mutated({never}) && ("
+                self.around(start, end, switch, "))")
+
+
+def sources(family: str) -> list[str]:
+    """Names of the files in csrc/cuda that a family's kernels are written in: its own and what they include."""
+    skip = {"primitives.cuh", "launch.cuh", "problem.h"} | UNUSED[family]
+    names, todo = set(), {f"{family}.cpp", f"{family}.cuh"}
+    while todo:
+        name = todo.pop()
+        names.add(name)
+        todo |= set(re.findall(r'^#include "([\w.]+)"', (KERNELS / name).read_text(), re.M)) - names - skip
+    return sorted(names)
+
+
+class Mutants:
+    """An executable of one family with mutations built in."""
+
+    def __init__(self, family: str, folder: Path, *, survey: bool = False, tf32: bool = False) -> None:
+        self.family, self.survey, self.tf32 = family, survey, tf32
+        self.program = folder / f"mutants_{family}"
+        self.copies = folder / f"{family}_cuda"
+        shutil.copytree(KERNELS, self.copies)
+        # A name whose partner another struct lacks does not compile: what the compiler refuses is left out.
+        barred: set[tuple[str, int, str]] = set()
+        while refused := self._build(barred):
+            barred |= refused
+
+    def _build(self, barred: set[tuple[str, int, str]]) -> set[tuple[str, int, str]]:
+        """File, line and kind of the mutations that do not compile; none when the executable is there."""
+        self.mutations: list[Mutation] = []
+        for file in sources(self.family):
+            source = Source(file, (KERNELS / file).read_text(), len(self.mutations) + 1, barred)
+            if self.survey:
+                source.operators()
+                source.conditions()
+            else:
+                source.synchronization()
+                source.names()
+            (self.copies / file).write_text(source.instrumented())
+            self.mutations += source.mutations
+        flags = ["-std=c++17", "-O1", "-w", "-fsanitize=address", "-Wno-narrowing", "-fmax-errors=0", "-DSK_EMULATE"]
+        flags += ["-DSK_MUTANTS_TF32"] if self.tf32 else []
+        flags += [f"-I{EMULATION}", f"-I{self.copies}", "-include", str(EMULATION / "mutation.h")]
+        command = [str(COMPILER), *flags, str(EMULATION / f"mutants_{self.family}.cpp"), "-o", str(self.program)]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode == 0:
+            return set()
+        errors = re.findall(r"([\w.]+):(\d+):\d+: error: (.*)", built.stderr)
+        at_fault = {
+            (a.file, a.line, a.kind)
+            for file, line, message in errors
+            for a in self.mutations
+            if (a.file, a.line) == (file, int(line)) and a.kind.startswith(("taken for", "operator"))
+            if a.kind.rpartition(" ")[2].strip("()") in message or "no member" not in message
+        }
+        if not at_fault:
+            raise RuntimeError(f"{' '.join(command)}\n{built.stderr[:4000]}")
+        return at_fault
+
+    def run(self, number: int) -> str:
+        """How the mutation shows: the first complaint, "" where there is none. 0: no mutation."""
+        environment = os.environ | {"SK_MUTATION": str(number)}
+        try:
+            done = subprocess.run([self.program], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return "timed out"
+        if done.returncode == 0:
+            return ""
+        return done.stdout.partition("\n")[0] or f"exit status {done.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=("stationary", "streamed", "wgrad"))
+    parser.add_argument("--survey", action="store_true", help="every operator and condition instead")
+    parser.add_argument("--tf32", action="store_true", help="in tf32 instead of bf16")
+    parser.add_argument("--only", default="", help="part of a mutation's name")
+    parser.add_argument("--verbose", action="store_true", help="print how each one shows")
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        start = time.monotonic()
+        mutants = Mutants(given.family, Path(folder), survey=given.survey, tf32=given.tf32)
+        built = time.monotonic()
+        if complaint := mutants.run(0):
+            print(f"without a mutation: {complaint}")
+            return 2
+        chosen = [mutation for mutation in mutants.mutations if given.only in mutation.name]
+        print(f"built in {built - start:.1f} s, one run in {time.monotonic() - built:.2f} s, {len(chosen)} mutations")
+        survivors = 0
+        for mutation, complaint in zip(chosen, pool.map(lambda a: mutants.run(a.number), chosen), strict=True):
+            survivors += not complaint
+            if not complaint:
+                print(f"SURVIVES {mutation.name}", flush=True)
+            elif given.verbose:
+                print(f"{mutation.name}\n    {complaint}", flush=True)
+        print(f"{len(chosen) - survivors} noticed, {survivors} survive, {time.monotonic() - start:.0f} s")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

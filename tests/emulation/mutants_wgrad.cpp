@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mutants.h"
+#include "wgrad.cpp"
+#include "wgrad.cuh"
+
+namespace sparsekern {
+namespace cuda {
+
+template <class E> void launch_if(const WgradCall &call) {
+    if constexpr ((E::bytes == 4) == (sktest::kMutantDtype == Dtype::tf32)) launch_wgrad<E>(call);
+}
+void wgrad_bf16(const WgradCall &call) {
+    launch_if<Bf16>(call);
+}
+void wgrad_fp16(const WgradCall &) {}
+void wgrad_tf32(const WgradCall &call) {
+    launch_if<Tf32>(call);
+}
+
+}  // namespace cuda
+}  // namespace sparsekern
+
+namespace sktest {
+namespace {
+
+struct Cut {
+    Case problem;
+    sparsekern::cuda::WgradPlan plan;
+};
+
+// Nothing alike down and across, in outputs and inputs, in block rows and columns.
+const std::vector<Cut> kCuts = {
+    {linear(70, 130, 104).masked().full_rows(), {4, 2, 16, 1, 1, 2, 2, 1}},
+    {linear(40, 96, 88).all(), {6, 1, 16, 1, 1, 1, 3, 1}},
+    {linear(24, 128, 64, 16, 32).all(), {4, 4, 16, 1, 1, 1, 2, 1}},  // several passes
+    {linear(75, 30, 90, 32, 16).full_rows().unaligned(), {1, 2, 32, 1, 1, 1, 3, 2}},
+    {conv(2, 40, 9, 6, 48, 3, 3).pad(1, 0, 0, 2).block(16, 32).stride(2, 1).dilation(1, 2).masked(),
+     {2, 1, 1, 2, 8, 2, 4, 2}},
+    {conv(3, 24, 11, 7, 90, 2, 3).pad(1, 2, 2, 1).block(64, 16).stride(1, 2).dilation(3, 1), {1, 2, 2, 4, 2, 2, 3, 1}},
+    {conv(5, 64, 3, 9, 56, 1, 3).pad(0, 0, 1, 1).block(32, 32).groups(4), {2, 1, 4, 1, 4, 1, 2, 3}},
+    {conv(2, 56, 3, 9, 64, 1, 3).pad(0, 0, 1, 1).block(32, 32).groups(4), {2, 1, 1, 1, 16, 1, 2, 1}},
+    {conv(3, 128, 5, 4, 24, 3, 2).pad(0, 1, 1, 0).block(16, 64).all().stride(1, 2).no_bias(), {2, 1, 4, 2, 2, 4, 3, 1}},
+    {conv(3, 96, 12, 4, 48, 3, 1).pad(1, 1, 0, 0).groups(3).full_rows(), {1, 2, 2, 8, 1, 1, 2, 1}},
+};
+
+}  // namespace
+}  // namespace sktest
+
+int main() {
+    using namespace sktest;
+    std::vector<Case> cases;
+    for (const Cut &cut : kCuts) cases.push_back(cut.problem);
+    return run_mutants("wgrad", numbered(cases, 0), [](const Fixture &f, const std::string &test, Tally &tally) {
+        const sparsekern::cuda::WgradPlan &plan = kCuts[f.about.seed_].plan;
+        const int64_t bytes = sparsekern::cuda::wgrad_workspace_bytes(f.problem, plan, f.about.bias);
+        check_wgrad(f, bytes, test, tally, [&](auto... given) {
+            sparsekern::cuda::wgrad(f.problem, plan, given..., sparsekern::cuda::Stream{});
+        });
+    });
+}
