@@ -15,14 +15,14 @@ namespace sparsekern {
 namespace cuda {
 namespace stationary_kernel {
 
-// The constant is the instruction's; stages - 2 is equal over the grid.
+// All but one stage of the ring are under way while one is multiplied. (The constant is the instruction's.)
 SK_DEVICE void wait_for_stage(int stages) {
-    if (stages == 2) {
-        cp_async_wait<0>();
-    } else if (stages == 3) {
+    if (stages > 3) {
+        cp_async_wait<2>();
+    } else if (stages > 2) {
         cp_async_wait<1>();
     } else {
-        cp_async_wait<2>();
+        cp_async_wait<0>();
     }
 }
 
@@ -31,45 +31,48 @@ template <int Bm, int Nb> SK_DEVICE void clear(Sums<Bm, Nb> &sums) {
     for (int i = 0; i < Bm * Nb / 32; ++i) sums[i / (Nb / 2)][i / 4 % (Nb / 8)][i % 4] = 0.0f;
 }
 
-// sums += pixels [Bm, step] * weights [step, Nb]; rows: this lane's row of each 16 pixels.
+// sums += pixels [Bm, step] * weights [step, Nb]; rows: this lane's row of each 16 pixels. The next pixels are loaded
+// while the present ones are multiplied.
 template <class E, bool Transposed, int Bm, int Nb>
 SK_DEVICE void multiply(Sums<Bm, Nb> &sums, const Shared (&rows)[Bm / 16], Shared offset, Shared weights) {
-    uint32_t b[Nb / 8][2];
+    uint32_t a[2][4], b[Nb / 8][2];
     WeightStep<E, Transposed, Nb>::load(b, weights);
+    ldmatrix_x4(a[0], rows[0] + offset);
     SK_UNROLL
     for (int m = 0; m < Bm / 16; ++m) {
-        uint32_t a[4];
-        ldmatrix_x4(a, rows[m] + offset);
+        if (m + 1 < Bm / 16) ldmatrix_x4(a[(m + 1) % 2], rows[m + 1] + offset);
         SK_UNROLL
-        for (int j = 0; j < Nb / 8; ++j) mma<E>(sums[m][j], a, b[j][0], b[j][1]);
+        for (int j = 0; j < Nb / 8; ++j) mma<E>(sums[m][j], a[m % 2], b[j][0], b[j][1]);
     }
 }
 
-// All units of one warp.
-template <class E, bool Transposed, int Bm, int Nb>
-SK_DEVICE void run(int stages, Feeder<E, Transposed, Nb> &feeder, const Shared (&rows)[Bm / 16], Shared ring,
-                   const Result<E, Bm, Nb> &result) {
+// All units of one warp. In the first turns the ring fills, and the cards are blank; wait_for_tile is called once after
+// them, by every warp.
+template <class E, bool Transposed, int Bm, int Nb, class Wait, class Store>
+SK_DEVICE void run(int stages, Feeder<E, Transposed, Nb> &feeder, Shared ring, const Shared (&rows)[Bm / 16],
+                   const Wait &wait_for_tile, const Store &store) {
     using Step = WeightStep<E, Transposed, Nb>;
     const Shared weights = ring + static_cast<Shared>(Step::lane_place(lane_id()));
     Sums<Bm, Nb> sums;
     clear<Bm, Nb>(sums);
-    int stage = 0, vacant = stages - 1;
-    for (;;) {
-        const uint32_t card = feeder.card(stage);
-        if (card & Card::end) break;
+    int place = stages - 1, vacant = stages - 2;
+    for (int turn = 1 - stages;; ++turn) {
+        vacant = place;
+        place = place + 1 == stages ? 0 : place + 1;
+        const uint32_t card = feeder.card(place);
+        if (turn == 0) wait_for_tile();
+        if (card & Card::end) return;
         wait_for_stage(stages);
-        // This stage is complete, and all lanes have read the vacant one.
+        // Now the stage at `place` is complete, and all lanes have read the one at `vacant`.
         warp_barrier();
         feeder.push(vacant);
-        const Shared at = weights + static_cast<Shared>(stage * 2 * Step::bytes);
+        const Shared at = weights + static_cast<Shared>(place * 2 * Step::bytes);
         if (card & Card::first) multiply<E, Transposed, Bm, Nb>(sums, rows, Card::offset(0, card), at);
         if (card & Card::second) multiply<E, Transposed, Bm, Nb>(sums, rows, Card::offset(1, card), at + Step::bytes);
         if (card & Card::last) {
-            result.store(sums, feeder.unit(stage));
+            store(sums, feeder.unit(place));
             clear<Bm, Nb>(sums);
         }
-        vacant = stage;
-        stage = stage + 1 == stages ? 0 : stage + 1;
     }
 }
 
@@ -78,32 +81,34 @@ SK_KERNEL(stationary_threads(Bm, Nb), 1)
 kernel(SK_ARGS(StationaryArgs) args) {
     const Tile<E, Transposed> tile(args);
     if (tile.empty()) return;
-    const Shared memory = shared_memory();
+    const Shared memory = shared_memory(), pixels = memory + args.pixels, taps = memory + args.taps;
     tile.load(memory + args.tile);
     cp_async_commit();
 
     const int warps = thread_count() / 32, warp = warp_id();
     Feeder<E, Transposed, Nb> feeder(args, block_y() * warps + warp, args.splits * warps);
-    tile.fill_pixels(memory + args.pixels, thread_id(), thread_count(), Bm);
-    tile.fill_taps(memory + args.taps, thread_id(), thread_count());
+    tile.fill_pixels(pixels, thread_id(), thread_count(), Bm);
+    tile.fill_taps(taps, thread_id(), thread_count());
     barrier();
 
     const Shared ring = memory + static_cast<Shared>(warp * args.stages * (2 * WeightStep<E, Transposed, Nb>::bytes));
-    feeder.attach(ring, memory + args.taps);
-    for (int stage = 0; stage < args.stages - 1; ++stage) feeder.push(stage);
-    cp_async_wait<0>();
-    tile.finish(memory + args.tile);
-    barrier();
-
+    feeder.attach(ring, taps);
     Shared rows[Bm / 16];
     SK_UNROLL
     for (int m = 0; m < Bm / 16; ++m) {
-        const int row = m * 16 + operand_row(lane_id());
-        rows[m] = memory + args.tile + load_shared<uint32_t>(memory + args.pixels + static_cast<Shared>(row * 8)) +
+        const int pixel = m * 16 + operand_row(lane_id());
+        rows[m] = memory + args.tile + load_shared<uint32_t>(pixels + static_cast<Shared>(pixel * 8)) +
                   static_cast<Shared>(operand_byte(lane_id()));
     }
-    run<E, Transposed, Bm, Nb>(args.stages, feeder, rows, ring,
-                               Result<E, Bm, Nb>(args, memory + args.pixels, tile.first_pixel()));
+    const auto wait_for_tile = [&] {
+        cp_async_wait<0>();
+        tile.round(memory + args.tile);
+        barrier();
+    };
+    const auto store = [&](Sums<Bm, Nb> &sums, int unit) {
+        Result<E, Bm, Nb>(args, pixels, tile.first_pixel()).store(sums, unit);
+    };
+    run<E, Transposed, Bm, Nb>(args.stages, feeder, ring, rows, wait_for_tile, store);
 }
 
 template <class E, bool Transposed, int Bm, int Nb> void launch_as(const StationaryLaunch &a) {

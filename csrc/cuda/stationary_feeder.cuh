@@ -15,12 +15,12 @@ namespace sparsekern {
 namespace cuda {
 namespace stationary_kernel {
 
-// What a stage holds, in one word: where its two steps read the tile, and flags. Lane s remembers the card of the
-// ring's stage s. Offsets are multiples of 16 below 2^18.
+// What a stage of the ring holds, in one word: where its two steps read the tile, and flags. Offsets are multiples of
+// 16 below 2^18. A blank card (0) holds nothing.
 struct Card {
     static constexpr uint32_t first = 1, second = 2;  // the step is there
     static constexpr uint32_t last = 4;               // of its unit
-    static constexpr uint32_t end = 8;                // no more units, and nothing else on the card
+    static constexpr uint32_t end = 8;                // no more units
     static constexpr uint32_t offset_mask = 0x3fff0;
 
     SK_DEVICE static uint32_t step(int i, Shared offset) { return i == 0 ? offset | first : offset << 14 | second; }
@@ -74,73 +74,74 @@ private:
 
 template <class E, bool Transposed, int Nb> class Feeder {
     using Step = WeightStep<E, Transposed, Nb>;
-    static constexpr int stage_bytes = 2 * Step::bytes;
-    static constexpr int copies = stage_bytes / (32 * 16);  // per lane and stage
+    static constexpr int copies = 2 * Step::bytes / (32 * 16);  // per lane and stage
 
 public:
-    SK_DEVICE Feeder(const StationaryArgs &args, int worker, int workers)
-        : args_(args), units_(args, worker, workers), lane_(lane_id()) {
+    SK_DEVICE Feeder(const StationaryArgs &args, int worker, int workers) : args_(args), units_(args, worker, workers) {
         read_ahead();
     }
 
-    // Where the ring and the table of taps lie; the table is complete.
+    // Where the ring and the table of taps lie; push needs the table.
     SK_DEVICE void attach(Shared ring, Shared taps) {
         taps_ = taps;
         place_lane(ring);
     }
 
-    // Starts the copies of the next stage into the ring's stage `stage`: one commit, also when there is nothing left.
-    SK_DEVICE void push(int stage) {
+    // Starts the copies of the next stage into place `place` of the ring: one commit, also when nothing is left.
+    SK_DEVICE void push(int place) {
+        while (blocks_ == 0 && closing_ == 0) next_batch();
         uint32_t card = 0;
-        while (left_ == 0 && blocks_ == 0 && !closes_ && unit_ >= 0) next_batch();
-        if (unit_ < 0) {
-            card = Card::end;
-        } else {
-            if (left_ != 0 || blocks_ != 0) card = copy_stage(to_ + static_cast<Shared>(stage * stage_bytes));
-            if (closes_ && left_ == 0 && blocks_ == 0) {
-                card |= Card::last;
-                closes_ = false;
-            }
+        if (blocks_ != 0) card = copy_stage(to_ + static_cast<Shared>(place * 2 * Step::bytes));
+        if (blocks_ == 0) {
+            card |= closing_;
+            closing_ &= Card::end;
         }
         cp_async_commit();
-        if (lane_ == stage) card_ = card, card_unit_ = unit_;
+        if (lane_id() == place) card_ = card, card_unit_ = unit_;
     }
 
-    SK_DEVICE uint32_t card(int stage) const { return shuffle(card_, stage); }
-    SK_DEVICE int unit(int stage) const { return shuffle(card_unit_, stage); }
+    // Of the stage at a place; blank where nothing was pushed.
+    SK_DEVICE uint32_t card(int place) const { return shuffle(card_, place); }
+    SK_DEVICE int unit(int place) const { return shuffle(card_unit_, place); }
 
 private:
     // Which chunks of a stage this lane copies. Forward with wide blocks reads 64 bytes of a row at once, both steps;
     // all else goes step by step.
     SK_DEVICE void place_lane(Shared ring) {
-        int row = lane_ / Step::row_chunks, chunk = lane_ % Step::row_chunks, step = 0;
-        row_step_ = 32 / Step::row_chunks;
-        copy_step_ = 32 * 16;
-        int column = chunk;
-        if (!Transposed && args_.block_stages != 0) {
-            row = (lane_ >> 1 & 3) | (lane_ >> 4 << 2), chunk = lane_ & 1, step = lane_ >> 3 & 1;
-            row_step_ = 8;
-            copy_step_ = 8 * Step::row_bytes;
-            column = step * 2 + chunk;
+        const int lane = lane_id();
+        if (both_steps()) {
+            const int row = (lane >> 1 & 3) | (lane >> 4 << 2), step = lane >> 3 & 1, chunk = lane & 1;
+            to_ = ring + static_cast<Shared>(step * Step::bytes + Step::place(row, chunk));
+            lane_bytes_ = row * args_.weight_row_bytes + step * STEP_BYTES + chunk * 16;
+        } else {
+            const int row = lane / Step::row_chunks, chunk = lane % Step::row_chunks;
+            to_ = ring + static_cast<Shared>(Step::place(row, chunk));
+            lane_bytes_ = row * args_.weight_row_bytes + chunk * 16;
         }
-        to_ = ring + static_cast<Shared>(step * Step::bytes + Step::place(row, chunk));
-        lane_values_ = static_cast<const char *>(args_.values) + (row * args_.weight_row_bytes + column * 16);
     }
+    SK_DEVICE bool both_steps() const { return !Transposed && args_.block_stages != 0; }
 
-    // The next 32 entries become the present ones, and those after them are asked for.
+    // The entries asked for become the present ones, and those after them are asked for.
     SK_DEVICE void next_batch() {
         unit_ = ahead_unit_;
-        if (unit_ < 0) return;
+        if (unit_ < 0) {
+            closing_ = Card::end;
+            return;
+        }
         const int count = ahead_end_ - ahead_;
-        position_ = ahead_;
-        closes_ = count <= 32;
+        closing_ = count <= 32 ? Card::last : 0;
         const int tap = code_ / args_.blocks, block = code_ - tap * args_.blocks;
         const int shift = load_shared<int>(taps_ + static_cast<Shared>(tap * 4));
         offset_ = shift + block * args_.channel_bytes;
-        slot_ = ahead_slot_;
-        blocks_ = ballot(lane_ < count && shift >= 0);
+        blocks_ = ballot(lane_id() < count && shift >= 0);
         const int slice = unit_ % args_.slices;
-        unit_values_ = lane_values_ + slice * (Transposed ? Nb * E::bytes : Nb * args_.weight_row_bytes);
+        values_ = static_cast<const char *>(args_.values) +
+                  (lane_bytes_ + slice * (Transposed ? Nb * E::bytes : Nb * args_.weight_row_bytes));
+        if (Transposed) {
+            slot_ = ahead_slot_;
+        } else {
+            values_ += int64_t{ahead_} * args_.block_bytes;
+        }
         read_ahead();
     }
 
@@ -150,86 +151,80 @@ private:
             ahead_unit_ = -1;
             return;
         }
-        if (ahead_ + lane_ < ahead_end_) {
-            code_ = load_global(args_.code + ahead_ + lane_);
-            if (Transposed) ahead_slot_ = load_global(args_.slot + ahead_ + lane_);
+        const int at = ahead_ + lane_id();
+        if (at < ahead_end_) {
+            code_ = load_global(args_.code + at);
+            if (Transposed) ahead_slot_ = load_global(args_.slot + at);
         }
-    }
-
-    // The lowest waiting block: where it reads the tile, and where this lane reads it.
-    SK_DEVICE void take(Shared &offset, const char *&from) {
-        const int lane = first_bit(blocks_);
-        blocks_ &= blocks_ - 1;
-        offset = static_cast<Shared>(shuffle(offset_, lane));
-        const int slot = Transposed ? shuffle(slot_, lane) : position_ + lane;
-        from = unit_values_ + static_cast<int64_t>(slot) * args_.block_bytes;
     }
 
     SK_DEVICE uint32_t copy_stage(Shared to) {
-        return args_.block_stages == 0 ? copy_two_blocks(to) : copy_part_of_block(to);
+        if (args_.block_stages != 0) return copy_part(to);
+        uint32_t card = Card::step(0, copy_block(to));
+        if (blocks_ != 0) card |= Card::step(1, copy_block(to + Step::bytes));
+        return card;
     }
 
-    SK_DEVICE uint32_t copy_two_blocks(Shared to) {
-        Shared offset;
+    // The lowest waiting block: its offset, and where this lane reads it.
+    SK_DEVICE Shared look_up(const char *&from) const {
+        const int lane = first_bit(blocks_);
+        from = values_ + static_cast<int64_t>(Transposed ? shuffle(slot_, lane) : lane) * args_.block_bytes;
+        return static_cast<Shared>(shuffle(offset_, lane));
+    }
+
+    // A block of one step.
+    SK_DEVICE Shared copy_block(Shared to) {
         const char *from;
-        take(offset, from);
-        copy<copies / 2>(to, from);
-        uint32_t card = Card::step(0, offset);
-        if (blocks_ != 0) {
-            take(offset, from);
-            copy<copies / 2>(to + Step::bytes, from);
-            card |= Card::step(1, offset);
-        }
-        return card;
+        const Shared offset = look_up(from);
+        blocks_ &= blocks_ - 1;
+        copy<copies / 2>(to, 32 * 16, from, 32 / Step::row_chunks);
+        return offset;
     }
 
-    SK_DEVICE uint32_t copy_part_of_block(Shared to) {
-        if (left_ == 0) {
-            take(offset_now_, from_now_);
-            left_ = args_.block_stages;
+    // Two steps of a wider block.
+    SK_DEVICE uint32_t copy_part(Shared to) {
+        const char *from;
+        const Shared offset = look_up(from) + static_cast<Shared>(part_ * 2 * STEP_BYTES);
+        if (both_steps()) {
+            copy<copies>(to, 8 * Step::row_bytes, from + part_ * 2 * STEP_BYTES, 8);
+        } else {
+            copy<copies>(to, 32 * 16, from + part_ * 2 * E::depth * args_.weight_row_bytes, 32 / Step::row_chunks);
         }
-        copy<copies>(to, from_now_);
-        const uint32_t card = Card::step(0, offset_now_) | Card::step(1, offset_now_ + STEP_BYTES);
-        --left_;
-        offset_now_ += 2 * STEP_BYTES;
-        from_now_ += Transposed ? 2 * E::depth * args_.weight_row_bytes : 2 * STEP_BYTES;
-        return card;
+        if (++part_ == args_.block_stages) {
+            part_ = 0;
+            blocks_ &= blocks_ - 1;
+        }
+        return Card::step(0, offset) | Card::step(1, offset + STEP_BYTES);
     }
 
-    template <int Copies> SK_DEVICE void copy(Shared to, const char *from) const {
+    // Each copy is `row_step` rows of weights after the one before, and `step` bytes in the ring.
+    template <int Copies> SK_DEVICE void copy(Shared to, int step, const char *from, int row_step) const {
         SK_UNROLL
         for (int i = 0; i < Copies; ++i) {
-            cp_async_16(to + static_cast<Shared>(i * copy_step_), from + i * row_step_ * args_.weight_row_bytes, 16);
+            cp_async_16(to + static_cast<Shared>(i * step), from + i * row_step * args_.weight_row_bytes, 16);
         }
     }
 
     const StationaryArgs &args_;
     Units units_;
-    const int lane_;
     Shared taps_ = 0;
 
-    // Per lane: where its chunks lie in a stage and in a block.
+    // Per lane: where its chunks lie in the ring's first stage and in a block.
     Shared to_ = 0;
-    const char *lane_values_ = nullptr;
-    int row_step_ = 0, copy_step_ = 0;
+    int lane_bytes_ = 0;
 
     // Entries asked for: of `ahead_unit_` (-1: none), from ahead_ on; per lane one code and slot.
     int ahead_unit_ = -1, ahead_ = 0, ahead_end_ = 0;
     int code_ = 0, ahead_slot_ = 0;
 
-    // Entries at hand: lanes whose block is still to come, and per lane its offset and slot.
-    int unit_ = 0, position_ = 0;
-    uint32_t blocks_ = 0;
-    bool closes_ = false;  // the unit ends with these entries, which no card says yet
-    const char *unit_values_ = nullptr;
-    int offset_ = 0, slot_ = 0;
+    // Entries at hand: lanes whose block is still to come, and the flag for the card that takes the last of them.
+    int unit_ = 0;
+    uint32_t blocks_ = 0, closing_ = 0;
+    int part_ = 0;                  // stages of the lowest block that are already pushed
+    const char *values_ = nullptr;  // per lane: its first chunk of slot 0 or, forward, of the first entry's block
+    int offset_ = 0, slot_ = 0;     // per lane
 
-    // The wide block that is being copied, and its stages still to come.
-    int left_ = 0;
-    Shared offset_now_ = 0;
-    const char *from_now_ = nullptr;
-
-    // Per lane: the card of stage `lane`.
+    // Per lane: the card of the ring's place `lane`, and whose unit it is.
     uint32_t card_ = 0;
     int card_unit_ = 0;
 };

@@ -58,7 +58,7 @@ public:
     // The result's pixels before the tile's first image.
     SK_DEVICE int64_t first_pixel() const { return first_image_ * args_.result_h * args_.result_w; }
 
-    // All threads; complete for the calling thread after cp_async_wait, and for others after finish and a barrier.
+    // All threads; complete for the calling thread after cp_async_wait, and for others after a barrier.
     SK_DEVICE void load(Shared to) const {
         const Box box = source_box();
         if (box.height * box.width == 0) return;
@@ -68,7 +68,7 @@ public:
     }
 
     // Rounds what this thread loaded to what the multiply instruction takes: once here instead of once per block.
-    SK_DEVICE void finish(Shared to) const {
+    SK_DEVICE void round(Shared to) const {
         if (E::bytes != 4) return;
         const Box box = source_box();
         if (box.height * box.width == 0) return;
