@@ -60,6 +60,17 @@ SK_DEVICE int block_z() {
     return static_cast<int>(blockIdx.z);
 }
 
+// The same value in a register of its own: the compiler does not compute it again at each use, as it likes to do inside
+// loops. T of 4 or 8 bytes.
+template <class T> SK_DEVICE T keep(T value) {
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("" : "+l"(value));
+    } else {
+        asm volatile("" : "+r"(value));
+    }
+    return value;
+}
+
 // -- shared memory
 // -----------------------------------------------------------------------------------------------------
 

@@ -36,8 +36,9 @@ template <class T> class Consumer {
 public:
     SK_DEVICE Consumer(const Args &a, int warp)
         : steps_log_(a.steps_log),
-          source_(static_cast<Shared>(chunk_place(warp * 32 + operand_row(lane_id()), operand_byte(lane_id()) / 16))),
-          weights_(static_cast<Shared>(thread_count() * ROW_BYTES + Tile::Step::lane_place(lane_id()))) {}
+          source_(
+              keep(static_cast<Shared>(chunk_place(warp * 32 + operand_row(lane_id()), operand_byte(lane_id()) / 16)))),
+          weights_(keep(static_cast<Shared>(thread_count() * ROW_BYTES + Tile::Step::lane_place(lane_id())))) {}
 
     SK_DEVICE void consume(Sums<T::OUTPUTS> &sums, Shared stage, uint32_t present) const {
         SK_UNROLL
@@ -96,8 +97,8 @@ template <class T> class Ring {
 
 public:
     SK_DEVICE Ring(const Args &a, const Spot &spot, int warp, Shared stages, Shared taps)
-        : a_(a), warp_(warp), warps_(thread_count() / 32), begin_(stages), bytes_(static_cast<Shared>(a.stage_bytes)),
-          write_(stages), read_(stages), pixels_(a, spot, warp), walk_(a, spot, taps) {
+        : a_(a), begin_(stages), bytes_(static_cast<Shared>(a.stage_bytes)), write_(stages), read_(stages),
+          pixels_(a, spot, warp), weights_(a, warp), walk_(a, spot, taps) {
         next_ = walk_.take();
         for (int i = 0; i < a.stages - 1; ++i) push();
     }
@@ -116,8 +117,7 @@ public:
     SK_DEVICE void push() {
         if (next_.present) {
             pixels_.issue(next_, write_);
-            copy_weights<E, T::Transposed, T::Edge, T::ROWS>(
-                a_, next_, write_ + static_cast<Shared>(thread_count() * ROW_BYTES), warp_, warps_);
+            weights_.template issue<T::ROWS>(next_, write_ + static_cast<Shared>(thread_count() * ROW_BYTES));
         }
         cp_async_commit();
         third_ = second_, second_ = first_, first_ = next_.present;
@@ -141,10 +141,10 @@ private:
     }
 
     const Args &a_;
-    const int warp_, warps_;
     const Shared begin_, bytes_;
     Shared write_, read_;
     PixelCopy<E, T::Transposed> pixels_;
+    WeightCopy<E, T::Transposed, T::Edge> weights_;
     Walk<E, T::Transposed, T::ROWS> walk_;
     Ticket next_;
     uint32_t first_ = 0, second_ = 0, third_ = 0;  // rows of the stages under way, the last first

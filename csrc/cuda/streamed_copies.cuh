@@ -48,7 +48,7 @@ public:
             place_[i] = shuffle(place, first_row + i * ROW_STRIDE);
             taps_[i] = shuffle(taps, first_row + i * ROW_STRIDE);
         }
-        to_ = static_cast<Shared>(chunk_place(warp * 32 + first_row, lane_id() & (STEP_LANES - 1)));
+        to_ = keep(static_cast<Shared>(chunk_place(warp * 32 + first_row, lane_id() & (STEP_LANES - 1))));
     }
 
     SK_DEVICE void issue(const Ticket &ticket, Shared stage) const {
@@ -83,7 +83,7 @@ private:
     }
 
     SK_DEVICE void copy_chunks(const Ticket &ticket, Shared to) const {
-        const char *source = base_ + int64_t{ticket.where} * 16;
+        const char *source = keep(base_ + int64_t{ticket.where} * 16);
         SK_UNROLL
         for (int i = 0; i < ROWS; ++i) {
             const bool inside = (ticket.taps & ~taps_[i]) == 0;
@@ -109,61 +109,78 @@ private:
     Shared to_;
 };
 
-// Weights of a stage: the blocks present, by entry and then by row. A block is STEPS_OF_STAGE x SLICES tiles, each one
-// step of Nb features (fragments.cuh).
+// Weights of a stage: the blocks present, by entry and then by row. A block is its steps in the stage, each in slices
+// of Nb features (fragments.cuh).
 template <class E, bool Transposed, int Edge> struct WeightTile {
     static constexpr int Nb = Edge < 32 ? Edge : 32;
     static constexpr int SLICES = Edge / Nb;
     using Step = WeightStep<E, Transposed, Nb>;
     static constexpr int step_bytes = SLICES * Step::bytes;  // of one block
-
-    SK_DEVICE static int pieces_log(int steps_log) { return first_bit(Edge / 16) + steps_log; }
 };
 
-// Pieces of 512 bytes, one a warp and instruction. From the source whole rows of up to 128 bytes are read, and any 8
-// neighbouring lanes write to different banks.
-struct Piece {
-    int source, to;  // of a lane's 16 bytes, in the block and in its place in the stage
-};
+// Copies pieces of 512 bytes, one a warp and instruction. Lanes are dealt so that whole rows of up to 128 bytes are
+// read, and that any 8 neighbouring lanes write to different banks. Places within a slice are linear over bits
+// (WeightStep::place), so a lane's and a piece's part are joined by exclusive or.
+template <class E, bool Transposed, int Edge> class WeightCopy {
+    using Tile = WeightTile<E, Transposed, Edge>;
+    using Step = typename Tile::Step;
+    static constexpr int PIECE = 512;
 
-template <class E, int Edge> SK_DEVICE Piece forward_piece(const Args &a, int piece, int part, int lane) {
-    using Tile = WeightTile<E, false, Edge>;
-    // Lanes are (step, feature, chunk of the step).
-    const int features_log = 4 - a.steps_log, step = lane >> (features_log + 1), chunk = lane & 1;
-    const int feature = (piece << features_log) + ((lane >> 1) & ((1 << features_log) - 1));
-    const int slice = feature / Tile::Nb;
-    return {feature * a.weight_row_bytes + part * ROW_BYTES + step * 32 + chunk * 16,
-            step * Tile::step_bytes + slice * Tile::Step::bytes + Tile::Step::place(feature % Tile::Nb, chunk)};
-}
-
-template <class E, int Edge> SK_DEVICE Piece transposed_piece(int piece, int part, int lane) {
-    using Tile = WeightTile<E, true, Edge>;
-    constexpr int chunks = Tile::Step::row_chunks, line_rows = 8 / chunks;
-    // Lanes are (rows of a line of 128 bytes, slice, row of the line, chunk).
-    const int i = piece * 32 + lane, line = i / 8;
-    const int row = line / Tile::SLICES * line_rows + i % 8 / chunks, slice = line % Tile::SLICES, chunk = i % chunks;
-    const int step = row / E::depth;
-    return {part * (STEPS * Tile::step_bytes) + row * (Edge * E::bytes) + (slice * chunks + chunk) * 16,
-            step * Tile::step_bytes + slice * Tile::Step::bytes + Tile::Step::place(row % E::depth, chunk)};
-}
-
-template <class E, bool Transposed, int Edge, int Rows>
-SK_DEVICE void copy_weights(const Args &a, const Ticket &ticket, Shared stage, int warp, int warps) {
-    const int pieces_log = WeightTile<E, Transposed, Edge>::pieces_log(a.steps_log);
-    const int pieces = bit_count(ticket.present) << pieces_log, lane = lane_id();
-    const int rank = bit_count(ticket.present & ((1u << lane) - 1));
-    const bool present = ticket.present >> lane & 1;
-    SK_NO_UNROLL
-    for (int i = warp; i < pieces; i += warps) {
-        const int nth = i >> pieces_log, piece = i & ((1 << pieces_log) - 1);
-        const int holder = Rows == 1 ? nth : first_bit(ballot(present && rank == nth));
-        const char *block = a.values + shuffle(ticket.block, holder) * a.block_bytes;
-        const Piece at = Transposed ? transposed_piece<E, Edge>(piece, ticket.part, lane)
-                                    : forward_piece<E, Edge>(a, piece, ticket.part, lane);
-        const int first = nth << (pieces_log + 9);
-        cp_async_16(stage + static_cast<Shared>(first + at.to), block + at.source, 16);
+public:
+    SK_DEVICE WeightCopy(const Args &a, int warp)
+        : a_(a), warp_(warp), warps_(thread_count() / 32), pieces_log_(first_bit(Edge / 16) + a.steps_log) {
+        const int lane = lane_id();
+        if (Transposed) {
+            // Lanes are (line of 128 bytes, slice, row of the line, chunk).
+            const int line = lane / 8, slice = line % Tile::SLICES, chunk = lane % Step::row_chunks;
+            const int row = line / Tile::SLICES * LINE_ROWS + lane % 8 / Step::row_chunks;
+            source_ = keep(row * (Edge * E::bytes) + (slice * Step::row_chunks + chunk) * 16);
+            to_ = keep(slice * Step::bytes + Step::place(row, chunk));
+        } else {
+            // Lanes are (step, feature, chunk of the step).
+            const int step = lane >> (features_log() + 1), chunk = lane & 1;
+            const int feature = (lane >> 1) & ((1 << features_log()) - 1);
+            source_ = keep(feature * a.weight_row_bytes + step * 32 + chunk * 16);
+            to_ = keep(step * Tile::step_bytes + Step::place(feature, chunk));
+        }
     }
-}
+
+    template <int Rows> SK_DEVICE void issue(const Ticket &ticket, Shared weights) const {
+        const uint32_t own = 1u << lane_id();
+        const int pieces = bit_count(ticket.present) << pieces_log_;
+        const int rank = ticket.present & own ? bit_count(ticket.present & (own - 1)) : -1;
+        SK_NO_UNROLL
+        for (int i = warp_; i < pieces; i += warps_) {
+            const int block = i >> pieces_log_, piece = i & ((1 << pieces_log_) - 1);
+            const int holder = Rows == 1 ? block : first_bit(ballot(rank == block));
+            const char *source = a_.values + shuffle(ticket.block, holder) * a_.block_bytes;
+            const int to = block * (PIECE << pieces_log_) + piece_to(piece);
+            cp_async_16(weights + static_cast<Shared>(to), source + (source_ + piece_source(piece, ticket.part)), 16);
+        }
+    }
+
+private:
+    static constexpr int LINE_ROWS = 8 / Step::row_chunks;           // rows of a slice in 128 bytes
+    static constexpr int PIECE_ROWS = 4 * LINE_ROWS / Tile::SLICES;  // of a transposed block
+    static constexpr int STEP_PIECES = E::depth / PIECE_ROWS;
+
+    // Features of a piece of a block that is not transposed: it holds all steps of the stage.
+    SK_DEVICE int features_log() const { return 4 - a_.steps_log; }
+
+    SK_DEVICE int piece_source(int piece, int part) const {
+        return Transposed ? piece * PIECE + part * (STEPS * Tile::step_bytes)
+                          : (piece << features_log()) * a_.weight_row_bytes + part * ROW_BYTES;
+    }
+    // Where this lane's 16 bytes of a piece lie in the block.
+    SK_DEVICE int piece_to(int piece) const {
+        if (!Transposed) return to_ ^ Step::place(piece << features_log(), 0);
+        return (to_ ^ Step::place(piece % STEP_PIECES * PIECE_ROWS, 0)) + piece / STEP_PIECES * Tile::step_bytes;
+    }
+
+    const Args &a_;
+    const int warp_, warps_, pieces_log_;
+    int source_, to_;  // of this lane's 16 bytes of the first piece
+};
 
 }  // namespace streaming
 }  // namespace cuda

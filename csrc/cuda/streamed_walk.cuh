@@ -87,7 +87,7 @@ public:
         take_channels(ticket);
         if (++part_ == a_.parts) {
             part_ = 0;
-            for (int i = 0; i < entries; ++i) valid_ &= valid_ - 1;
+            valid_ = from_entry(entries);
         }
         return ticket;
     }
@@ -125,7 +125,7 @@ private:
     SK_DEVICE uint32_t from_entry(int n) const {
         uint32_t left = valid_;
         SK_UNROLL
-        for (int i = 0; i < STEPS - 1; ++i) {
+        for (int i = 0; i < STEPS; ++i) {
             if (i < n) left &= left - 1;
         }
         return left;

@@ -57,6 +57,10 @@ SK_DEVICE int block_z() {
     return static_cast<int>(emulation::machine.block[2]);
 }
 
+template <class T> SK_DEVICE T keep(T value) {
+    return value;
+}
+
 SK_DEVICE Shared shared_memory() {
     return emulation::SharedMemory::base;
 }
