@@ -9,6 +9,12 @@
 namespace sktest {
 namespace emulation {
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define SKTEST_FAST __attribute__((optimize("O3")))
+#else
+#define SKTEST_FAST
+#endif
+
 struct LoadedMatrices {
     uint32_t row;  // address of the row that the lane names
     uint32_t *to;  // its four registers
@@ -48,7 +54,8 @@ template <Collective kind> float operand_half(uint32_t half) {
     return kind == Collective::mma_bf16 ? float_of(half << 16) : fp16_widened(static_cast<uint16_t>(half));
 }
 
-template <Collective kind> void multiply(Machine &, int, Operands &operands, Site) {
+// Optimized whatever the build, because tests spend much of their time here.
+template <Collective kind> SKTEST_FAST void multiply(Machine &, int, Operands &operands, Site) {
     // Eight columns at once.
     typedef double Row __attribute__((vector_size(64)));
     constexpr int depth = kind == Collective::mma_tf32 ? 8 : 16;

@@ -40,13 +40,13 @@ struct Statistics {
     int64_t judged_accesses = 0;
 };
 
+inline Options current_options;
+inline Statistics current_statistics;
 inline Options &options() {
-    static Options value;
-    return value;
+    return current_options;
 }
 inline Statistics &statistics() {
-    static Statistics value;
-    return value;
+    return current_statistics;
 }
 // What went wrong, the first 20 of different kind or place; tests fail where it is not empty.
 inline std::vector<std::string> &problems() {

@@ -119,8 +119,10 @@ public:
 private:
     struct Stamp {
         uint32_t block_epoch = 0, warp_epoch = 0;
-        uint16_t thread = 0, site = 0;
-        Access access = Access::load;
+        uint16_t thread = 0, place = 0;  // place: 4 site + access, to keep the cells small
+
+        Access access() const { return static_cast<Access>(place % 4); }
+        uint16_t site() const { return place / 4; }
     };
     // Of two bytes. Of the reads since the last barrier of the block: the last; whether its warp read otherwise since
     // its last warp barrier; whether other warps read; and a read of that kind. This decides for every later write.
@@ -144,7 +146,8 @@ private:
         return (thread & warp_reader ? "warp " + std::to_string(warp_of(thread)) : "thread " + std::to_string(thread));
     }
     Stamp stamp(int thread, Access access, uint16_t site) const {
-        return Stamp{block_epoch_, warp_epoch_[warp_of(thread)], static_cast<uint16_t>(thread), site, access};
+        return Stamp{block_epoch_, warp_epoch_[warp_of(thread)], static_cast<uint16_t>(thread),
+                     static_cast<uint16_t>(site * 4 + static_cast<int>(access))};
     }
     bool ordered(const Stamp &past, int thread) const {
         return past.block_epoch < block_epoch_ || past.thread == thread ||
@@ -199,10 +202,11 @@ private:
     void race(uint32_t offset, const Stamp &past, int thread, Access access, Site site) {
         if (!options().races) return;
         const bool same_warp = warp_of(past.thread) == warp_of(thread);
-        report("race " + site.name() + " " + std::to_string(past.site) + name_of(access) + name_of(past.access),
+        report("race " + site.name() + " " + std::to_string(past.place) + name_of(access),
                where(site) + ": race on shared memory: byte " + std::to_string(offset) + ": " + name_of(access) +
-                   " by " + who(thread) + " after " + name_of(past.access) + " by " + who(past.thread) + " (" +
-                   sites_.name(past.site) + ") with no " + (same_warp ? "warp_barrier" : "barrier") + " between them");
+                   " by " + who(thread) + " after " + name_of(past.access()) + " by " + who(past.thread) + " (" +
+                   sites_.name(past.site()) + ") with no " + (same_warp ? "warp_barrier" : "barrier") +
+                   " between them");
     }
 
     const char *kernel_ = "";
