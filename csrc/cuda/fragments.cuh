@@ -28,7 +28,7 @@ template <class E, bool Transposed, int Nb> struct WeightStep {
 
     SK_DEVICE static int place(int row, int chunk) {
         constexpr int rows_per_line = 8 / row_chunks;
-        const int line = row / rows_per_line;
+        const int line = static_cast<int>(static_cast<unsigned>(row) / rows_per_line);
         const int turn = by_words ? line % (row_chunks / 2) * 2 : line % row_chunks;
         return row * row_bytes + (chunk ^ turn) * 16;
     }

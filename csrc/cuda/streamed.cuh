@@ -41,36 +41,63 @@ public:
           weights_(keep(static_cast<Shared>(thread_count() * ROW_BYTES + Tile::Step::lane_place(lane_id())))) {}
 
     SK_DEVICE void consume(Sums<T::OUTPUTS> &sums, Shared stage, uint32_t present) const {
+        if constexpr (T::ROWS == 1) {
+            const int steps = bit_count(present) << steps_log_;
+            if (steps == STEPS) {
+                consume_row<true>(sums, stage, steps);
+            } else {
+                consume_row<false>(sums, stage, steps);
+            }
+        } else {
+            consume_rows(sums, stage, present);
+        }
+    }
+
+private:
+    // A panel of one row has every block of the stage. Without branches the loads of a step go on during the products
+    // of the one before.
+    template <bool Full> SK_DEVICE void consume_row(Sums<T::OUTPUTS> &sums, Shared stage, int steps) const {
+        SK_UNROLL
+        for (int step = 0; step < STEPS; ++step) {
+            if (!Full && step >= steps) break;
+            uint32_t a[2][4];
+            load_pixels(a, stage, step);
+            multiply(sums, a, stage + weights_ + static_cast<Shared>(step * Tile::step_bytes), 0);
+        }
+    }
+
+    SK_DEVICE void consume_rows(Sums<T::OUTPUTS> &sums, Shared stage, uint32_t present) const {
         SK_UNROLL
         for (int step = 0; step < STEPS; ++step) {
             const int first = (step >> steps_log_) * T::ROWS, within = step & ((1 << steps_log_) - 1);
             const uint32_t rows = present >> first & ((1u << T::ROWS) - 1);
             if (rows == 0) continue;
+            uint32_t a[2][4];
+            load_pixels(a, stage, step);
             const int before = bit_count(present & ((1u << first) - 1));
-            multiply(sums, (stage + source_) ^ static_cast<Shared>(step * 32),
-                     stage + weights_ + static_cast<Shared>(((before << steps_log_) + within) * Tile::step_bytes),
-                     rows);
+            Shared weights =
+                stage + weights_ + static_cast<Shared>(((before << steps_log_) + within) * Tile::step_bytes);
+            SK_UNROLL
+            for (int row = 0; row < T::ROWS; ++row) {
+                if (!(rows >> row & 1)) continue;
+                multiply(sums, a, weights, row);
+                weights += static_cast<Shared>(Tile::step_bytes << steps_log_);
+            }
         }
     }
 
-private:
-    SK_DEVICE void multiply(Sums<T::OUTPUTS> &sums, Shared source, Shared weights, uint32_t rows) const {
-        uint32_t a[2][4];
+    SK_DEVICE void load_pixels(uint32_t (&a)[2][4], Shared stage, int step) const {
+        const Shared first = (stage + source_) ^ static_cast<Shared>(step * 32);
         SK_UNROLL
         for (int m = 0; m < 2; ++m) {
-            ldmatrix_x4(a[m], source + static_cast<Shared>(m * 16 * ROW_BYTES));
+            ldmatrix_x4(a[m], first + static_cast<Shared>(m * 16 * ROW_BYTES));
             SK_UNROLL
             for (int i = 0; i < 4; ++i) a[m][i] = round_operand<E>(a[m][i]);
         }
-        SK_UNROLL
-        for (int row = 0; row < T::ROWS; ++row) {
-            if (!(rows >> row & 1)) continue;
-            multiply_block(sums, a, weights, row);
-            weights += static_cast<Shared>(Tile::step_bytes << steps_log_);
-        }
     }
 
-    SK_DEVICE static void multiply_block(Sums<T::OUTPUTS> &sums, const uint32_t (&a)[2][4], Shared weights, int row) {
+    // One step of one block.
+    SK_DEVICE static void multiply(Sums<T::OUTPUTS> &sums, const uint32_t (&a)[2][4], Shared weights, int row) {
         SK_UNROLL
         for (int slice = 0; slice < Tile::SLICES; ++slice) {
             uint32_t b[Tile::Nb / 8][2];
@@ -222,7 +249,7 @@ inline void set_blocks(Args &b, const Problem &a, const int32_t *packed, bool tr
         b.list_ptr = b.ptr;
         b.list = transposed ? index.t_row : index.col;
     }
-    b.block_bytes = int64_t{a.bo} * a.bi * bytes;
+    b.block_bytes = static_cast<uint32_t>(a.bo * a.bi * bytes);
     b.weight_row_bytes = a.bi * bytes;
     const int steps = depth * bytes / (ROW_BYTES / STEPS);
     b.steps_log = steps == 1 ? 0 : steps == 2 ? 1 : 2;
@@ -238,7 +265,7 @@ inline void set_operands(Args &b, const Call &call, bool transposed) {
     b.result_ld = transposed ? a.c : a.o;
     b.aligned_result = on_16_bytes(b.result, b.result_ld * bytes) && int64_t{b.features} * bytes % 16 == 0;
     const bool chunks = on_16_bytes(b.source, call.source_ld * bytes) && int64_t{b.channels} * bytes % 16 == 0;
-    b.unit_bytes = chunks ? 16 : bytes;
+    b.unit_bytes = chunks ? 16 : bytes, b.chunk_units = 16 / b.unit_bytes;
     b.column_units = (transposed ? a.bo : a.bi) * bytes / b.unit_bytes;
     // Within a tile, pixels are found by 32 bits.
     const int64_t images = a.n < b.tile_images ? a.n : b.tile_images, units = call.source_ld * bytes / b.unit_bytes;

@@ -48,10 +48,10 @@ struct Args {
     int last_channels;          // of the last column
 
     // Places in the source are counted in units of 16 bytes, or in elements where pixels don't begin on 16 bytes.
-    int unit_bytes, pixel_units, column_units;
+    int unit_bytes, pixel_units, column_units, chunk_units;
     bool aligned_result;
 
-    int64_t block_bytes;
+    uint32_t block_bytes;
     int weight_row_bytes;
     int steps_log;  // steps of one entry in a stage: 1, 2 or 4
     int parts;      // stages of one entry

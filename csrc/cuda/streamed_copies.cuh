@@ -128,34 +128,35 @@ template <class E, bool Transposed, int Edge> class WeightCopy {
 
 public:
     SK_DEVICE WeightCopy(const Args &a, int warp)
-        : a_(a), warp_(warp), warps_(thread_count() / 32), pieces_log_(first_bit(Edge / 16) + a.steps_log) {
+        : a_(a), warp_(warp), warps_(thread_count() / 32), pieces_log_(first_bit(Edge / 16) + a.steps_log),
+          own_(keep(1u << lane_id())) {
         const int lane = lane_id();
         if (Transposed) {
             // Lanes are (line of 128 bytes, slice, row of the line, chunk).
             const int line = lane / 8, slice = line % Tile::SLICES, chunk = lane % Step::row_chunks;
             const int row = line / Tile::SLICES * LINE_ROWS + lane % 8 / Step::row_chunks;
-            source_ = keep(row * (Edge * E::bytes) + (slice * Step::row_chunks + chunk) * 16);
+            source_ = keep(a.values + row * (Edge * E::bytes) + (slice * Step::row_chunks + chunk) * 16);
             to_ = keep(slice * Step::bytes + Step::place(row, chunk));
         } else {
             // Lanes are (step, feature, chunk of the step).
             const int step = lane >> (features_log() + 1), chunk = lane & 1;
             const int feature = (lane >> 1) & ((1 << features_log()) - 1);
-            source_ = keep(feature * a.weight_row_bytes + step * 32 + chunk * 16);
+            source_ = keep(a.values + feature * a.weight_row_bytes + step * 32 + chunk * 16);
             to_ = keep(step * Tile::step_bytes + Step::place(feature, chunk));
         }
     }
 
     template <int Rows> SK_DEVICE void issue(const Ticket &ticket, Shared weights) const {
-        const uint32_t own = 1u << lane_id();
         const int pieces = bit_count(ticket.present) << pieces_log_;
-        const int rank = ticket.present & own ? bit_count(ticket.present & (own - 1)) : -1;
+        const int rank = ticket.present & own_ ? bit_count(ticket.present & (own_ - 1)) : -1;
         SK_NO_UNROLL
         for (int i = warp_; i < pieces; i += warps_) {
             const int block = i >> pieces_log_, piece = i & ((1 << pieces_log_) - 1);
             const int holder = Rows == 1 ? block : first_bit(ballot(rank == block));
-            const char *source = a_.values + shuffle(ticket.block, holder) * a_.block_bytes;
-            const int to = block * (PIECE << pieces_log_) + piece_to(piece);
-            cp_async_16(weights + static_cast<Shared>(to), source + (source_ + piece_source(piece, ticket.part)), 16);
+            const auto slot = static_cast<uint32_t>(shuffle(ticket.block, holder));
+            const char *source = source_ + uint64_t{slot} * a_.block_bytes + piece_source(piece, ticket.part);
+            const int to = (i - piece) * PIECE + piece_to(piece);
+            cp_async_16(weights + static_cast<Shared>(to), source, 16);
         }
     }
 
@@ -179,7 +180,9 @@ private:
 
     const Args &a_;
     const int warp_, warps_, pieces_log_;
-    int source_, to_;  // of this lane's 16 bytes of the first piece
+    const uint32_t own_;  // this lane's bit
+    const char *source_;  // of this lane's 16 bytes of the first piece: in the first slot, and where they go
+    int to_;
 };
 
 }  // namespace streaming

@@ -67,27 +67,29 @@ struct Ticket {
 template <class E, bool Transposed, int Rows> class Walk {
 public:
     SK_DEVICE Walk(const Args &a, const Spot &spot, Shared taps)
-        : a_(a), taps_(taps), row_(lane_id() & (Rows - 1)), entry_(lane_id() / Rows) {
+        : a_(a), taps_(taps), row_(keep(lane_id() & (Rows - 1))), entry_(keep(lane_id() / Rows)) {
         const int panel = spot.group * a.panels + spot.panel, row = spot.panel * Rows + row_;
         next_ = load_global(a.list_ptr + panel);
         end_ = load_global(a.list_ptr + panel + 1);
         slot_ = row < a.rows ? load_global(a.ptr + spot.group * a.rows + row) : 0;
         const int chunk = lane_id() & (STEP_LANES - 1), entry_chunks = 2 << a.steps_log;
-        source_entry_ = chunk / entry_chunks;
-        chunk_ = chunk & (entry_chunks - 1);
+        source_entry_ = keep(chunk / entry_chunks);
+        chunk_ = keep(chunk & (entry_chunks - 1));
         read_ahead();
     }
 
     SK_DEVICE Ticket take() {
         while (valid_ == 0 && next_ < end_) refill();
-        const int entries = STEPS >> a_.steps_log;
+        uint32_t from[STEPS + 1] = {valid_};  // entries not taken, from the n-th
+        SK_UNROLL
+        for (int i = 0; i < STEPS; ++i) from[i + 1] = from[i] & (from[i] - 1);
         Ticket ticket;
         ticket.part = part_;
-        take_blocks(ticket, entries);
-        take_channels(ticket);
+        take_blocks(ticket, entry_ < STEPS >> a_.steps_log ? pick(from, entry_) : 0);
+        take_channels(ticket, pick(from, source_entry_));
         if (++part_ == a_.parts) {
             part_ = 0;
-            valid_ = from_entry(entries);
+            valid_ = a_.steps_log == 0 ? from[4] : a_.steps_log == 1 ? from[2] : from[1];
         }
         return ticket;
     }
@@ -121,28 +123,26 @@ private:
         valid_ = ballot(inside && found.y != 0);
     }
 
-    // Bits of the n-th and later entries that are not taken.
-    SK_DEVICE uint32_t from_entry(int n) const {
-        uint32_t left = valid_;
+    SK_DEVICE static uint32_t pick(const uint32_t (&from)[STEPS + 1], int n) {
+        uint32_t left = from[0];
         SK_UNROLL
-        for (int i = 0; i < STEPS; ++i) {
-            if (i < n) left &= left - 1;
-        }
+        for (int i = 1; i < STEPS; ++i) left = n >= i ? from[i] : left;
         return left;
     }
 
-    SK_DEVICE void take_blocks(Ticket &ticket, int entries) const {
-        const uint32_t left = entry_ < entries ? from_entry(entry_) : 0, entry = left & (0 - left);
+    // `left`: entries from the one that this lane finds the block of.
+    SK_DEVICE void take_blocks(Ticket &ticket, uint32_t left) const {
+        const uint32_t entry = left & (0 - left);
         const bool present = (having_ & entry) != 0;
         ticket.block = slot_ + bit_count(having_ & (entry - 1));
         if (Transposed && present) ticket.block = load_global(a_.perm + ticket.block);
         ticket.present = ballot(present);
     }
 
-    SK_DEVICE void take_channels(Ticket &ticket) const {
-        const uint32_t left = from_entry(source_entry_);
+    // `left`: entries from the one that this lane copies channels of.
+    SK_DEVICE void take_channels(Ticket &ticket, uint32_t left) const {
         const int holder = left ? first_bit(left) : 0, chunk = part_ * STEP_LANES + chunk_;
-        ticket.where = shuffle(where_, holder) + chunk * (16 / a_.unit_bytes);
+        ticket.where = shuffle(where_, holder) + chunk * a_.chunk_units;
         const uint32_t bits = shuffle(bits_, holder);
         constexpr int most = 16 / E::bytes;
         const int rest = bits & LAST ? a_.last_channels - chunk * most : most;
