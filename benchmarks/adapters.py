@@ -1,4 +1,4 @@
-"""The few calls into the Triton backend's own tables; each answers in words where the backend has none."""
+"""The few calls into the GPU backends' own tables and launches."""
 
 from __future__ import annotations
 
@@ -12,27 +12,21 @@ from typing import Any
 
 from benchmarks.device import one_line
 from benchmarks.problems import Problem
-from sparsekern.backends import ConvGeometry
+from sparsekern.backends import GPU, ConvGeometry, OpDesc, cuda, dense, families
+from sparsekern.backends.cuda.plan import Plan
+from sparsekern.backends.gpu import chips, table
+from sparsekern.backends.gpu.choose import choose
+from sparsekern.backends.gpu.problem import layer_problem
+from sparsekern.backends.triton.tile import Tile
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(f"sparsekern.backends.triton.{name}")
-    except ImportError:
-        return None
-
-
-def chip_name() -> str | None:
-    """The backend's name of the current GPU, None where it has no table of GPUs."""
-    chips = _module("chips")
-    return str(chips.current("cuda").name) if chips is not None and hasattr(chips, "current") else None
+def chip_name() -> str:
+    """The name of the current GPU in the tables of GPUs."""
+    return chips.current("cuda").name
 
 
 def remember(figures: dict[str, Any]) -> str:
-    """Keep measured limits for the backend's model of this GPU; returns what was done."""
-    chips = _module("chips")
-    if chips is None or not hasattr(chips, "remember"):
-        return "not kept: the backend has no table of GPUs"
+    """Keep measured limits for the models of this GPU; returns what was done."""
     if not figures:
         return "nothing to keep"
     try:
@@ -51,22 +45,27 @@ _LAUNCHES = {
 Launch = Callable[[], object]
 
 
+def _triton(name: str) -> Any:
+    """A module of launches, None without Triton."""
+    try:
+        return importlib.import_module(f"sparsekern.backends.triton.launch.{name}")
+    except ImportError:
+        return None
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, Launch]]]:
     """The kernel launches that calls within the context come down to, each ready to be made again by itself.
 
-    They are those of the Triton backend, or of the dense backend where that was chosen: ``("linear.forward", call)``.
+    They are those of the kernels, or of the dense backend where that was chosen: ``("linear.forward", call)``.
     """
     launches: list[tuple[str, Launch]] = []
     with contextlib.ExitStack() as undo:
-        found = {name: _module(f"launch.{name}") for name in _LAUNCHES}
+        found = {name: _triton(name) for name in _LAUNCHES}
         wrapped = [(module, f, f"{name}.{f}") for name, module in found.items() if module for f in _LAUNCHES[name]]
-        dense = importlib.import_module("sparsekern.backends.dense")
-        wrapped += [
-            (dense, f"{op}_{f}", f"dense {op}.{f}")
-            for op in ("linear", "conv2d")
-            for f in ("forward", "dgrad", "wgrad")
-        ]
+        steps = ("forward", "dgrad", "wgrad")
+        wrapped += [(cuda, step, f"cuda.{step}") for step in steps]
+        wrapped += [(dense, f"{op}_{step}", f"dense {op}.{step}") for op in ("linear", "conv2d") for step in steps]
         for module, function, name in wrapped:
             original = getattr(module, function, None)
             if original is not None:
@@ -83,46 +82,45 @@ def _recording(launches: list[tuple[str, Launch]], name: str, original: Callable
     return call
 
 
-def tile_of(launch: Launch) -> Any:
-    """The tile among a recorded launch's arguments as plain data, None where there is none."""
+def kernel_of(launch: Launch) -> Any:
+    """The kernel among a recorded launch's arguments as plain data, None where there is none."""
     assert isinstance(launch, functools.partial)
     given = (*launch.args, *launch.keywords.values())
-    return next((dataclasses.asdict(a) for a in given if type(a).__name__ == "Tile"), None)
+    return next((dataclasses.asdict(a) for a in given if isinstance(a, Tile | Plan)), None)
 
 
 def choices(problem: Problem, pass_: str, fallback: bool) -> dict[str, Any]:
-    """The tile that the Triton backend takes for each op of a pass, where it comes from, and the times it expects."""
-    tiles, facts, chips = _module("tiles"), _module("problem"), _module("chips")
-    if tiles is None or facts is None or chips is None:
-        return {}
+    """The kernel that runs each op of a pass, where it comes from, and the times expected.
+
+    Args:
+        fallback: whether the dense op may run instead.
+    """
+    names = families(OpDesc(problem.op, problem.device, problem.dtype, problem.layout.grid.block)) or GPU[:1]
     out: dict[str, Any] = {}
     for op in ("forward", "dgrad", "wgrad") if pass_ == "step" else (pass_,):
         try:
-            found = tiles.choose(_asked(facts, problem, op), chips.current(problem.device), fallback)
-            tile = None if found.tile is None else dataclasses.asdict(found.tile)
-            out[op] = {"tile": tile, "source": found.source, "seconds": found.seconds, "dense": found.dense_seconds}
+            found = choose(_asked(problem, op), chips.current(problem.device), names, fallback)
+            kernel = None if found.kernel is None else dataclasses.asdict(found.kernel)
+            times = {"seconds": found.seconds, "dense": found.dense_seconds}
+            out[op] = {"backend": found.backend, "kernel": kernel, "source": found.source, **times}
         except Exception as error:
             out[op] = one_line(error)
     return out
 
 
-def _asked(facts: Any, problem: Problem, op: str) -> Any:
-    """What the backend would ask its tiles for."""
-    shape, capacity, grid = problem.shape, problem.values.shape[0], problem.layout.grid
-    name, dtype = f"{problem.op}_{op}", facts.precision(problem.dtype, problem.op)
-    if problem.op == "linear":
-        return facts.Problem(name, dtype, grid.block, shape.m, shape.o, shape.i, capacity)
-    geometry = ConvGeometry((shape.stride,) * 2, (shape.padding,) * 4, (1, 1))
-    return facts.conv_problem(name, dtype, grid, geometry, tuple(problem.operands.x.shape), capacity)
+def _asked(problem: Problem, op: str) -> Any:
+    """What the passes would ask for."""
+    shape, geometry = problem.shape, None
+    if problem.op == "conv2d":
+        geometry = ConvGeometry((shape.stride,) * 2, (shape.padding,) * 4, (1, 1))
+    capacity, grid = problem.values.shape[0], problem.layout.grid
+    return layer_problem(op, problem.dtype, grid, geometry, tuple(problem.operands.x.shape), capacity)
 
 
 def export_tiles(path: Path) -> str:
-    """Write the table of tuned tiles, the user's measurements merged in; returns what was done."""
-    table, name = _module("table"), chip_name()
-    if table is None or not hasattr(table, "export") or name is None:
-        return "not exported: the backend has no table of tiles"
+    """Write the table of tuned kernels, the user's measurements merged in; returns what was done."""
     try:
-        table.export(path, (name,))
+        table.export(path, (chip_name(),))
     except Exception as error:
         return f"not exported: {one_line(error)}"
     return f"exported to {path.name}"

@@ -15,7 +15,7 @@ from benchmarks import device as on_device
 from benchmarks.problems import Problem
 from benchmarks.shapes import Case, Selection
 from benchmarks.timing import CpuTimer, CudaTimer, Effort, Timer, race, speedup
-from sparsekern.backends import forced
+from sparsekern.backends import GPU, forced
 
 _CASES: dict[str, Callable[[Selection], list[Any]]] = {
     "linear_case": shapes.linear_cases,
@@ -183,7 +183,7 @@ def measure_pass(
             error_bound=problem.error_bound,
             index_bytes=problem.layout.index.numel() * problem.layout.index.element_size(),
             value_bytes=problem.values.numel() * problem.values.element_size(),
-            choices=adapters.choices(problem, case.pass_, forced() == "auto") if problem.backend == "triton" else {},
+            choices=adapters.choices(problem, case.pass_, forced() == "auto") if problem.backend in GPU else {},
             **extra,
         )
         assert error <= problem.error_bound, f"expected an error of at most {problem.error_bound}, got {error}"

@@ -5,6 +5,9 @@
 #include <cstdint>
 
 #include "cpu/dispatch.h"
+#ifdef SK_WITH_CUDA
+#include "cuda/bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace sparsekern;
@@ -69,6 +72,9 @@ PYBIND11_MODULE(_C, module) {
     py::class_<LinearArgs>(module, "LinearArgs").def(py::init(&linear_args));
     py::class_<Conv2dArgs>(module, "Conv2dArgs").def(py::init(&conv2d_args));
     module.def("build_info", &build_info);
+#ifdef SK_WITH_CUDA
+    cuda::define(module.def_submodule("cuda"));
+#endif
 
     module.def(
         "linear_forward",

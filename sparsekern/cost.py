@@ -5,8 +5,8 @@ On a CPU one training step of a layer (forward, dgrad, wgrad) is modelled as
 rates of this processor, ``e`` the efficiency of the block shape and ``o`` the overhead of the calls. ``e``, R, B and o
 come from ``backends/tables/cpu.json``; ``bytes`` are the activations that every pass streams whatever the sparsity.
 
-On a GPU with the triton backend every pass is predicted by that backend's own choice of tile, measured or modelled
-(``backends/triton/tiles.py``); a pass whose kernel would be slower counts as dense compute on the materialised weight.
+On a GPU every pass is predicted by the choice of its kernel, measured or modelled (``backends/gpu/choose.py``); a pass
+whose kernel would be slower counts as dense compute on the materialised weight.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from sparsekern.backends import ConvGeometry, choice, native, user_cache
-from sparsekern.backends.triton import chips, tiles
-from sparsekern.backends.triton.problem import Problem, layer_problem
+from sparsekern.backends import GPU, ConvGeometry, OpDesc, choice, families, native, user_cache
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.choose import choose
+from sparsekern.backends.gpu.problem import Problem, layer_problem
 from sparsekern.layout import BlockGrid
 
 AUTO_BLOCKS = (4, 8, 16, 32)
@@ -127,7 +128,7 @@ def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
         return tuned, "tuned"
     problems = gpu_problems(case, block, nnz)
     if problems is not None:
-        return _predict_gpu(problems, case.device), "model"
+        return _predict_gpu(problems, case, block), "model"
     if case.device != "cpu" or case.dtype == "float64" or not native.available():
         return WITHOUT_KERNEL, "no kernel: dense compute on the masked weight"
     table = _table(_isa())
@@ -141,7 +142,7 @@ def predict(case: Case, block: tuple[int, int], nnz: int) -> tuple[float, str]:
 
 
 def _linear_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem]:
-    """The passes of a linear layer as the triton backend sees them."""
+    """The passes of a linear layer as kernels on a GPU see them."""
     return _problems(case, block, nnz, None, (case.positions, case.weight_shape[1]))
 
 
@@ -173,19 +174,20 @@ GPU_KINDS: dict[str, Callable[[Case, tuple[int, int], int], list[Problem]]] = {
 
 
 def gpu_problems(case: Case, block: tuple[int, int], nnz: int) -> list[Problem] | None:
-    """What one training step asks of the triton backend; None where another backend runs this case."""
+    """What one training step asks of kernels on a GPU; None where there are none for this case."""
     if case.device != "cuda" or case.kind not in GPU_KINDS:
         return None
     try:
         backend = choice(case.kind, case.device, getattr(torch, case.dtype), block)
     except RuntimeError:  # a forced backend that can't do it: said where the layer runs
         return None
-    return GPU_KINDS[case.kind](case, block, nnz) if backend == "triton" else None
+    return GPU_KINDS[case.kind](case, block, nnz) if backend in GPU else None
 
 
-def _predict_gpu(problems: list[Problem], device: str) -> float:
-    chip = chips.current(device)
-    choices = [tiles.choose(problem, chip) for problem in problems]
+def _predict_gpu(problems: list[Problem], case: Case, block: tuple[int, int]) -> float:
+    chip = chips.current(case.device)
+    names = families(OpDesc(case.kind, case.device, getattr(torch, case.dtype), block))
+    choices = [choose(problem, chip, names) for problem in problems]
     return sum(c.dense_seconds for c in choices) / sum(c.taken_seconds for c in choices)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import allocation, cost, handover, matching, tracing
-from sparsekern.backends import ConvGeometry, OpDesc, choice, get
+from sparsekern.backends import GPU, ConvGeometry, OpDesc, choice
 from sparsekern.backends import candidates as backend_candidates
 from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout, as_block
@@ -488,12 +488,21 @@ def _geometry(conv: nn.Conv2d | SparseConv2d) -> ConvGeometry:
     return ConvGeometry((sh, sw), (top, bottom, left, right), (dh, dw))
 
 
+def _standing(candidate: str, chosen: str) -> str:
+    """What becomes of a backend that could run a layer."""
+    if candidate == chosen:
+        return "chosen"
+    if candidate in GPU and chosen in GPU:
+        return f"possible, where it was measured to be faster than {chosen}"
+    return "possible, not preferred"
+
+
 def explain(model: nn.Module, example_input: Any = None) -> str:
     """What runs each sparse layer, which backends were considered and why each was kept or dropped.
 
     Args:
         model: with sparse layers.
-        example_input: as the model takes it; with it, GPU layers also tell the tile of each pass at these shapes, or
+        example_input: as the model takes it; with it, GPU layers also tell the kernel of each pass at these shapes, or
             that the pass is dense, and the times that decided.
     """
     lines = []
@@ -512,12 +521,12 @@ def explain(model: nn.Module, example_input: Any = None) -> str:
         bo, bi = module.block
         lines.append(f"{name}: {op} block {bo}x{bi} {w.dtype} on {w.device.type} -> {chosen}")
         for candidate, reason in backend_candidates(desc):
-            lines.append(
-                f"    {candidate}: {reason or ('chosen' if candidate == chosen else 'possible, not preferred')}"
-            )
-        if name in calls and (tell := getattr(get(chosen), "explain", None)) is not None:
+            lines.append(f"    {candidate}: {reason or _standing(candidate, chosen)}")
+        if name in calls and chosen in GPU:
+            from sparsekern.backends.gpu import passes
+
             geometry = _geometry(module) if isinstance(module, SparseConv2d) else None
             layout = module.layout
-            passes = tell(w.dtype, w.device, layout.grid, layout.capacity, calls[name].x_shape, geometry)
-            lines += [f"        {line}" for line in passes]
+            told = passes.explain(w.dtype, w.device, layout.grid, layout.capacity, calls[name].x_shape, geometry)
+            lines += [f"        {line}" for line in told]
     return "\n".join(lines) or "no sparse layers"

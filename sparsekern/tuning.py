@@ -1,4 +1,4 @@
-"""Measure on this machine what the cost models only predict: sparse layers against dense, and tiles of GPU kernels.
+"""Measure on this machine what the cost models only predict: sparse layers against dense, and kernels on a GPU.
 
 Contenders take turns within a round and medians count, so a busy or throttling machine shifts all of them.
 """
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekern import cost
-from sparsekern.backends.triton import chips, model, table, tiles
-from sparsekern.backends.triton.chips import Chip
-from sparsekern.backends.triton.problem import Problem, Tile
+from sparsekern.backends import GPU, ConvGeometry, OpDesc, families, get
+from sparsekern.backends.gpu import chips, table
+from sparsekern.backends.gpu.chips import Chip
+from sparsekern.backends.gpu.choose import winner
+from sparsekern.backends.gpu.families import Kernel, family_of
+from sparsekern.backends.gpu.problem import Problem
 from sparsekern.config import SparsityConfig
 from sparsekern.layout import BlockGrid, BlockLayout
 from sparsekern.masks import make_block_masks
@@ -33,8 +36,8 @@ SECONDS_PER_LAYER = 2.0
 
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]  # seconds of one call
-# A problem's contenders: its kernel with a given tile, and the dense op.
-Launch = Callable[[Problem], tuple[Callable[[Tile], Any], Call]]
+# A problem's contenders: a given kernel, and the dense op.
+Launch = Callable[[Problem], tuple[Callable[[Kernel], Any], Call]]
 
 
 def tune(
@@ -47,9 +50,10 @@ def tune(
 ) -> dict[str, float]:
     """Time forward and backward of every layer that ``cfg`` would make sparse, against its dense twin.
 
-    On a GPU the candidate tiles of each pass are timed first, with a cold L2, and the best one is kept for every later
-    call near these shapes. Results are kept in the user's cache and used by every later plan at these shapes, block and
-    density.
+    On a GPU the candidate kernels of each pass are timed first, with a cold L2: Triton's tiles, and plans of the CUDA
+    kernels where those are built. The best one is kept for every later call near these shapes; a CUDA kernel where it
+    is at least 5 % faster than the best tile. Results are kept in the user's cache and used by every later plan at
+    these shapes, block and density.
 
     Returns:
         {layer name: speedup}.
@@ -74,7 +78,9 @@ def tune(
             problems = cost.gpu_problems(case, grid.block, count)
             if problems is not None:
                 operands = LAUNCHES[case.kind](modules[layer.name], case, grid, count)
-                tune_tiles(problems, operands, clock, chips.current(case.device), seconds_per_layer / 2)
+                desc = OpDesc(case.kind, case.device, getattr(torch, case.dtype), grid.block)
+                chip, names = chips.current(case.device), families(desc)
+                tune_kernels(problems, operands, clock, chip, seconds_per_layer / 2, names)
                 del operands
             timed[same] = measure(modules[layer.name], case, grid, count, seconds_per_layer, clock)
         found[layer.name] = timed[same]
@@ -155,53 +161,59 @@ def _race(calls: Sequence[Call], clock: Clock, seconds: float) -> list[tuple[flo
     return rounds
 
 
-# -- tiles of GPU kernels ----------------------------------------------------------------------------------------------
+# -- kernels on a GPU --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TileTimes:
-    """Median seconds of each tile that ran and of the dense op, and why the other tiles could not run."""
+class KernelTimes:
+    """Median seconds of each kernel that ran and of the dense op, and why the other kernels could not run."""
 
-    seconds: dict[Tile, float]
+    seconds: dict[Kernel, float]
     dense_seconds: float
-    skipped: dict[Tile, str]
+    skipped: dict[Kernel, str]
 
     @property
-    def best(self) -> Tile | None:
-        """The fastest tile, the first of equals; None if none ran."""
-        return min(self.seconds, key=self.seconds.__getitem__, default=None)
+    def best(self) -> Kernel | None:
+        """The kernel to remember, the first of equals; None if none ran."""
+        return winner(self.seconds)
 
 
-def measure_tiles(
-    listed: Iterable[Tile], run: Callable[[Tile], Any], dense: Call, clock: Clock, seconds: float
-) -> TileTimes:
-    """Time ``run(tile)`` for all tiles and ``dense()``; a tile that raises at its first call is skipped."""
-    skipped: dict[Tile, str] = {}
-    calls: dict[Tile, Call] = {}
-    for tile in listed:
-        call = functools.partial(run, tile)
+def measure_kernels(
+    listed: Iterable[Kernel], run: Callable[[Kernel], Any], dense: Call, clock: Clock, seconds: float
+) -> KernelTimes:
+    """Time ``run(kernel)`` for all kernels and ``dense()``; a kernel that raises at its first call is skipped."""
+    skipped: dict[Kernel, str] = {}
+    calls: dict[Kernel, Call] = {}
+    for kernel in listed:
+        call = functools.partial(run, kernel)
         try:
             clock(call)
         except Exception as error:  # too much shared memory, a tile this compiler refuses, ...: others may run
-            skipped[tile] = f"{type(error).__name__}: {error}".splitlines()[0]
+            skipped[kernel] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            calls[tile] = call
+            calls[kernel] = call
     medians = [statistics.median(times) for times in zip(*_race([dense, *calls.values()], clock, seconds))]
-    return TileTimes(dict(zip(calls, medians[1:])), medians[0], skipped)
+    return KernelTimes(dict(zip(calls, medians[1:])), medians[0], skipped)
 
 
-def tune_tiles(
-    problems: Iterable[Problem], launch: Launch, clock: Clock, chip: Chip, seconds: float
-) -> dict[Problem, TileTimes]:
-    """Measure the candidate tiles of each problem and remember the best in the table (:func:`table.save` writes it)."""
+def tune_kernels(
+    problems: Iterable[Problem],
+    launch: Launch,
+    clock: Clock,
+    chip: Chip,
+    seconds: float,
+    names: tuple[str, ...] = GPU,
+) -> dict[Problem, KernelTimes]:
+    """Measure the candidates of the families ``names`` for each problem and remember the best in the table
+    (:func:`table.save` writes it)."""
     problems = list(problems)
-    measured: dict[Problem, TileTimes] = {}
+    measured: dict[Problem, KernelTimes] = {}
     for problem in problems:
         run, dense = launch(problem)
-        listed = tiles.candidates(problem, chip.arch)
-        times = measured[problem] = measure_tiles(listed, run, dense, clock, seconds / len(problems))
+        listed = [kernel for name in names for kernel in get(name).candidates(problem, chip)]
+        times = measured[problem] = measure_kernels(listed, run, dense, clock, seconds / len(problems))
         if times.best is not None:
-            reasons = {str(tile): reason for tile, reason in times.skipped.items()}
+            reasons = {str(kernel): reason for kernel, reason in times.skipped.items()}
             fastest = times.seconds[times.best]
             table.remember(chip.name, problem, times.best, fastest, times.dense_seconds, reasons)
     return measured
@@ -212,37 +224,21 @@ class LinearLaunch:
 
     def __init__(self, dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int) -> None:
         layout = _layout(grid, count, case.device)
-        self.grid, self.index, self.chip = grid, layout.index, chips.current(case.device)
+        self.grid, self.index = grid, layout.index
         out_features, in_features = case.weight_shape
         self.x, self.dy = _random((case.positions, in_features), case), _random((case.positions, out_features), case)
         self.weight = _random(case.weight_shape, case)
         self.values = layout.from_dense(self.weight)
         self.bias = _random((out_features,), case) if getattr(dense, "bias", None) is not None else None
 
-    def __call__(self, problem: Problem) -> tuple[Callable[[Tile], Any], Call]:
-        from sparsekern.backends.triton.launch import linear, linear_wgrad  # these import Triton
-
-        x, dy, values, index, grid, with_bias = (
-            self.x,
-            self.dy,
-            self.values,
-            self.index,
-            self.grid,
-            self.bias is not None,
-        )
-        if problem.op == "linear_forward":
-            return (
-                lambda tile: linear.forward(x, values, index, self.bias, grid, tile),
-                lambda: F.linear(x, self.weight, self.bias),
-            )
-        if problem.op == "linear_dgrad":
-            return lambda tile: linear.dgrad(dy, values, index, grid, tile), lambda: dy @ self.weight
-
-        def wgrad(tile: Tile) -> Any:
-            splits = model.splits(problem, tile, self.chip)
-            return linear_wgrad.wgrad(dy, x, index, None, with_bias, grid, tile, splits)
-
-        return wgrad, lambda: (dy.t() @ x, dy.sum(0) if with_bias else None)
+    def __call__(self, problem: Problem) -> tuple[Callable[[Kernel], Any], Call]:
+        x, dy = self.x, self.dy
+        run = functools.partial(_run, problem.step, x, dy, self.values, self.index, self.bias, self.grid, None)
+        if problem.step == "forward":
+            return run, lambda: F.linear(x, self.weight, self.bias)
+        if problem.step == "dgrad":
+            return run, lambda: dy @ self.weight
+        return run, lambda: (dy.t() @ x, None if self.bias is None else dy.sum(0))
 
 
 class ConvLaunch:
@@ -250,7 +246,7 @@ class ConvLaunch:
 
     def __init__(self, dense: nn.Module, case: cost.Case, grid: BlockGrid, count: int) -> None:
         layout = _layout(grid, count, case.device)
-        self.grid, self.index, self.chip = grid, layout.index, chips.current(case.device)
+        self.grid, self.index = grid, layout.index
         self.geometry = cost.conv_geometry(case)
         n, _, h, w = case.x_shape
         y_shape = (n, case.weight_shape[0], *self.geometry.output_size(h, w, grid.kernel_size))
@@ -261,33 +257,16 @@ class ConvLaunch:
         self.values = layout.from_dense(self.weight)
         self.bias = _random((case.weight_shape[0],), case) if getattr(dense, "bias", None) is not None else None
 
-    def __call__(self, problem: Problem) -> tuple[Callable[[Tile], Any], Call]:
-        from sparsekern.backends.triton.launch import conv2d, conv2d_wgrad  # these import Triton
-
-        x, dy, values, index = self.x, self.dy, self.values, self.index
-        grid, geometry, with_bias = self.grid, self.geometry, self.bias is not None
+    def __call__(self, problem: Problem) -> tuple[Callable[[Kernel], Any], Call]:
+        operands = self.x, self.dy, self.values, self.index, self.bias
+        run = functools.partial(_run, problem.step, *operands, self.grid, self.geometry)
         if problem.step == "forward":
-            return (
-                lambda tile: conv2d.forward(x, values, index, self.bias, grid, geometry, tile),
-                functools.partial(self._dense, *self._dense_operands()),
-            )
-        operands = [None if operand is None else operand.requires_grad_() for operand in self._dense_operands()]
-        y, (x_dense, *parameters) = self._dense(*operands), operands
-        if problem.step == "dgrad":
-            wanted: list[Tensor | None] = [x_dense]
-
-            def run(tile: Tile) -> Any:
-                return conv2d.dgrad(dy, values, index, tuple(x.shape), grid, geometry, tile)
-
-        else:
-            wanted = parameters
-
-            def run(tile: Tile) -> Any:
-                splits = model.splits(problem, tile, self.chip)
-                return conv2d_wgrad.wgrad(dy, x, index, None, with_bias, grid, geometry, tile, splits)
-
+            return run, functools.partial(self._dense, *self._dense_operands())
+        leaves = [None if operand is None else operand.requires_grad_() for operand in self._dense_operands()]
+        y, (x_dense, *parameters) = self._dense(*leaves), leaves
+        wanted = [x_dense] if problem.step == "dgrad" else parameters
         inputs = [operand for operand in wanted if operand is not None]
-        return run, lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        return run, lambda: torch.autograd.grad(y, inputs, self.dy, retain_graph=True)
 
     def _dense_operands(self) -> list[Tensor | None]:
         """x, weight and bias; x is padded beforehand where cuDNN can't, which flatters it."""
@@ -302,6 +281,26 @@ class ConvLaunch:
         top, bottom, left, right = self.geometry.padding
         padding = (top, left) if (top, left) == (bottom, right) else (0, 0)
         return F.conv2d(x, weight, bias, self.geometry.stride, padding, self.geometry.dilation, self.grid.groups)
+
+
+def _run(
+    step: str,
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    grid: BlockGrid,
+    geometry: ConvGeometry | None,
+    kernel: Kernel,
+) -> Any:
+    """One pass of a layer by a given kernel."""
+    family = family_of(kernel)
+    if step == "forward":
+        return family.forward(x, values, index, bias, grid, geometry, kernel)
+    if step == "dgrad":
+        return family.dgrad(dy, values, index, tuple(x.shape), grid, geometry, kernel)
+    return family.wgrad(dy, x, index, None, bias is not None, grid, geometry, kernel)
 
 
 # By kind of layer; a kind of cost.GPU_KINDS needs its entry here.

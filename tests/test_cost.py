@@ -11,7 +11,8 @@ import torch
 
 from sparsekern import cost
 from sparsekern.backends import ConvGeometry, native
-from sparsekern.backends.triton import chips, tiles
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.choose import choose
 
 LINEAR = cost.Case("linear", (1024, 1024), 1, (2048, 1024), 2048)
 CONV = cost.Case("conv2d", (128, 128, 3, 3), 1, (128, 128, 16, 16), 128 * 256)
@@ -76,6 +77,7 @@ def on_gpu(monkeypatch):
         return "triton" if fits else "dense"
 
     monkeypatch.setattr(cost, "choice", stand_in)
+    monkeypatch.setattr(cost, "families", lambda desc: ("triton",))
     monkeypatch.setattr(chips, "current", lambda device=None: chips.get("h200"))  # also where there is another GPU
 
 
@@ -99,7 +101,7 @@ def test_gpu_layers_below_break_even_cost_what_dense_costs(on_gpu):
     assert 0.85 < speedup < 1.0
     assert not cost.pays(speedup, source)
     nnz = slots(WIDE, 32, 0.3)
-    passes = [tiles.choose(p, chips.get("h200"), fallback=False) for p in cost.gpu_problems(WIDE, (32, 32), nnz)]
+    passes = [choose(p, chips.get("h200"), fallback=False) for p in cost.gpu_problems(WIDE, (32, 32), nnz)]
     faster = [p.seconds < p.fallback_seconds for p in passes]
     assert any(faster) and not all(faster)
     expected = sum(p.dense_seconds for p in passes) / sum(min(p.seconds, p.fallback_seconds) for p in passes)

@@ -12,17 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekern.backends import ConvGeometry
-from sparsekern.backends.triton import chips, model, table, tiles
-from sparsekern.backends.triton.problem import (
-    Problem,
-    Tile,
-    accumulator_registers,
-    buffers,
-    conv_problem,
-    precision,
-    shared_bytes,
-)
+from sparsekern.backends import ConvGeometry, precision
+from sparsekern.backends.gpu import chips, table
+from sparsekern.backends.gpu.choose import choose
+from sparsekern.backends.gpu.dense_model import activation_bytes, dense_fallback_seconds, dense_seconds
+from sparsekern.backends.gpu.problem import Problem, conv_problem
+from sparsekern.backends.triton import model, tiles
+from sparsekern.backends.triton.tile import Tile, accumulator_registers, buffers, shared_bytes
 from sparsekern.layout import BlockGrid
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -143,8 +139,8 @@ def test_latencies_count_in_short_loops():
 
 def test_few_tokens_take_small_tiles():
     few = problem(shape=(32, 4096, 4096))
-    assert tiles.choose(few, H200, fallback=False).tile.bm == 32
-    assert tiles.choose(problem(), H200).tile.bm == 256
+    assert choose(few, H200, fallback=False).kernel.bm == 32
+    assert choose(problem(), H200).kernel.bm == 256
 
 
 def test_token_chunks_fill_the_chip():
@@ -167,7 +163,7 @@ def test_partial_sums_stay_within_the_workspace():
 def test_the_fallback_costs_more_than_dense():
     for op in tiles.OPS:
         p = problem(op)
-        assert model.dense_fallback_seconds(p, H200) > model.dense_seconds(p, H200) + H200.launch * 0.99
+        assert dense_fallback_seconds(p, H200) > dense_seconds(p, H200) + H200.launch * 0.99
 
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
@@ -188,8 +184,8 @@ def test_wide_layers_are_bound_by_memory_at_a_fifth_to_a_twentieth(channels):
     p = conv(x=WRN[channels])
     dense = p.dense_flops / (0.75 * 790e12)
     assert dense == pytest.approx(102e-6, rel=0.01)
-    assert model.dense_seconds(p, H200) == pytest.approx(dense + H200.launch)
-    floor = model._activations(p) / 4.3e12
+    assert dense_seconds(p, H200) == pytest.approx(dense + H200.launch)
+    floor = activation_bytes(p) / 4.3e12
     assert floor == pytest.approx({160: 20e-6, 320: 10e-6, 640: 5e-6}[channels], rel=0.05)
     assert model.work(p, gather(256)).hbm_bytes == pytest.approx(floor * 4.3e12 + 0.1 * p.weight * 2, rel=0.1)
 
@@ -271,7 +267,7 @@ def test_more_blocks_of_a_convolution_never_take_less(op, stride, chip):
 def test_pixels_are_cut_into_chunks_where_blocks_are_few():
     p = conv("wgrad", 64, 0.1, x=WRN[160])
     assert model.splits(p, panel(4), H200) > 4
-    assert tiles.choose(replace(p, m=0, source=0), H200, fallback=False).seconds < 1
+    assert choose(replace(p, m=0, source=0), H200, fallback=False).seconds < 1
 
 
 def test_convolutions_of_stride_1_may_load_by_descriptor():
@@ -292,17 +288,17 @@ def test_tuned_convolutions_are_told_apart_by_taps_groups_and_strides():
     table.remember("h200", p, tile, 40e-6, 100e-6)
     table.save("h200")
     table.reload()
-    chosen = tiles.choose(p, H200)
-    assert (chosen.tile, chosen.source, chosen.seconds) == (tile, "tuned", pytest.approx(40e-6))
+    chosen = choose(p, H200)
+    assert (chosen.kernel, chosen.source, chosen.seconds) == (tile, "tuned", pytest.approx(40e-6))
     near = conv(x=(128, 256, 16, 16))
-    assert tiles.choose(near, H200).source == "tuned"
-    assert tiles.choose(near, H200).seconds == pytest.approx(
+    assert choose(near, H200).source == "tuned"
+    assert choose(near, H200).seconds == pytest.approx(
         40e-6 * model.seconds(near, tile, H200) / model.seconds(p, tile, H200)
     )
     others = ({"stride": 2, "x": (64, 256, 32, 32)}, {"kernel": 5}, {"groups": 2})
     for change in others:
-        assert tiles.choose(conv(**{"x": (64, 256, 16, 16), **change}), H200).source == "model"
-    assert tiles.choose(conv("dgrad", x=(64, 256, 16, 16)), H200).source == "model"
+        assert choose(conv(**{"x": (64, 256, 16, 16), **change}), H200).source == "model"
+    assert choose(conv("dgrad", x=(64, 256, 16, 16)), H200).source == "model"
     del table.tuned("h200")[table.key(p)]["source"]
     assert not list(table.lookup("h200", p))
 
@@ -367,22 +363,22 @@ def test_no_tiles_outside_the_kernels_blocks():
     for p in (problem(block=8), problem(dtype="float64"), problem("conv3d_forward")):
         assert tiles.candidates(p, 90) == ()
     eight = problem(block=8)
-    assert tiles.choose(eight, H200).tile is None
-    with pytest.raises(ValueError, match="no tile for block"):
-        tiles.choose(eight, H200, fallback=False)
+    assert choose(eight, H200).kernel is None
+    with pytest.raises(ValueError, match="no triton or cuda kernel for block"):
+        choose(eight, H200, fallback=False)
 
 
 @pytest.mark.parametrize("op", tiles.OPS[:3])
 @pytest.mark.parametrize("chip", chips.names())
 def test_dense_runs_where_it_is_faster(op, chip):
     chip = chips.get(chip)
-    half = tiles.choose(problem(op, 16, 0.5), chip)
-    assert half.tile is None
+    half = choose(problem(op, 16, 0.5), chip)
+    assert half.kernel is None
     assert half.taken_seconds == half.fallback_seconds < half.seconds
-    forced = tiles.choose(problem(op, 16, 0.5), chip, fallback=False)
-    assert forced.tile is not None and forced.taken_seconds == half.seconds
-    sparse = tiles.choose(problem(op, 128, 0.1), chip)
-    assert sparse.tile is not None and sparse.source == "model"
+    forced = choose(problem(op, 16, 0.5), chip, fallback=False)
+    assert forced.kernel is not None and forced.taken_seconds == half.seconds
+    sparse = choose(problem(op, 128, 0.1), chip)
+    assert sparse.kernel is not None and sparse.source == "model"
     assert sparse.taken_seconds == sparse.seconds < sparse.dense_seconds / 3
 
 
@@ -390,14 +386,14 @@ def test_empty_calls_have_a_choice():
     for change in ({"m": 0}, {"capacity": 0}):
         for op in tiles.OPS:
             p = replace(problem(op), **change)
-            chosen = tiles.choose(p, H200, fallback=False)
+            chosen = choose(p, H200, fallback=False)
             assert 0 < chosen.seconds < 1
-            assert model.splits(p, chosen.tile, H200) >= 1
+            assert model.splits(p, chosen.kernel, H200) >= 1
 
 
 def test_choices_are_remembered():
     p = problem()
-    assert tiles.choose(p, H200) is tiles.choose(replace(p), H200)
+    assert choose(p, H200) is choose(replace(p), H200)
 
 
 # -- tuned tables ------------------------------------------------------------------------------------------------------
@@ -423,16 +419,16 @@ def test_tuned_tiles_survive_a_process():
     p = problem()
     table.remember("h200", p, SLOW, 40e-6, 350e-6, {"Tile(...)": "OutOfResources"})
     for _ in range(2):
-        chosen = tiles.choose(p, H200)
-        assert (chosen.tile, chosen.source) == (SLOW, "tuned")
+        chosen = choose(p, H200)
+        assert (chosen.kernel, chosen.source) == (SLOW, "tuned")
         assert (chosen.seconds, chosen.dense_seconds) == pytest.approx((40e-6, 350e-6))
         path = table.save("h200")
         assert "OutOfResources" in path.read_text()
         table.reload()
-    assert tiles.choose(p, chips.get("h100")).source == "model"
+    assert choose(p, chips.get("h100")).source == "model"
     path.write_text("{ torn")
     table.reload()
-    assert tiles.choose(p, H200).source == "model"
+    assert choose(p, H200).source == "model"
 
 
 def test_another_process_keeps_its_entries():
@@ -450,22 +446,20 @@ def test_another_process_keeps_its_entries():
 def test_a_measured_dense_op_can_win():
     p = problem()
     table.remember("h200", p, SLOW, 500e-6, 350e-6)
-    chosen = tiles.choose(p, H200)
-    assert (chosen.tile, chosen.source) == (None, "tuned")
-    assert tiles.choose(p, H200, fallback=False).tile == SLOW
+    chosen = choose(p, H200)
+    assert (chosen.kernel, chosen.source) == (None, "tuned")
+    assert choose(p, H200, fallback=False).kernel == SLOW
 
 
 def test_entries_answer_for_their_neighbours():
     p = problem()
     table.remember("h200", p, SLOW, 40e-6, 350e-6)
     near = replace(p, m=16384)
-    chosen = tiles.choose(near, H200)
-    assert (chosen.tile, chosen.source) == (SLOW, "tuned")
+    chosen = choose(near, H200)
+    assert (chosen.kernel, chosen.source) == (SLOW, "tuned")
     ratio = model.seconds(near, SLOW, H200) / model.seconds(p, SLOW, H200)
     assert chosen.seconds == pytest.approx(40e-6 * ratio)
-    assert chosen.dense_seconds == pytest.approx(
-        350e-6 * model.dense_seconds(near, H200) / model.dense_seconds(p, H200)
-    )
+    assert chosen.dense_seconds == pytest.approx(350e-6 * dense_seconds(near, H200) / dense_seconds(p, H200))
     for far in (
         replace(p, m=256),
         problem(shape=(8192, 512, 4096)),
@@ -473,22 +467,22 @@ def test_entries_answer_for_their_neighbours():
         problem("linear_dgrad"),
         problem(dtype="float16"),
     ):
-        assert tiles.choose(far, H200).source == "model"
+        assert choose(far, H200).source == "model"
 
 
 def test_the_same_features_come_before_a_nearer_shape():
     wanted, other = Tile("gather", 128, 64, 1, 4, 3), Tile("gather", 256, 64, 1, 8, 4)
     table.remember("h200", problem(shape=(8192, 4096, 4000)), other, 1e-4, 1e-3)
     table.remember("h200", problem(shape=(2048, 4096, 4096)), wanted, 1e-4, 1e-3)
-    assert tiles.choose(problem(), H200).tile == wanted
+    assert choose(problem(), H200).kernel == wanted
     table.remember("h200", problem(), SLOW, 1e-4, 1e-3)
-    assert tiles.choose(problem(), H200).tile == SLOW
+    assert choose(problem(), H200).kernel == SLOW
 
 
 def test_a_tile_that_no_longer_fits_is_passed_over():
     p = problem()
     table.remember("a100", p, Tile("tma", 128, 64, 1, 4, 3), 1e-5, 1e-3)
-    assert tiles.choose(p, chips.get("a100")).source == "model"
+    assert choose(p, chips.get("a100")).source == "model"
     for damage in ({"bm": "x"}, {"seconds": 0.0}, {"m": None}):
         table.remember("a100", p, SLOW, 1e-5, 1e-3)
         table.tuned("a100")[table.key(p)].update(damage)
@@ -506,10 +500,10 @@ def test_exported_entries_can_be_shipped(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "elsewhere"))
     table.reload()
     monkeypatch.setattr(table, "_shipped", content["gpus"])
-    chosen = tiles.choose(p, H200)
-    assert (chosen.tile, chosen.source) == (SLOW, "table")
+    chosen = choose(p, H200)
+    assert (chosen.kernel, chosen.source) == (SLOW, "table")
     table.remember("h200", p, gather(256), 30e-6, 350e-6)
-    assert tiles.choose(p, H200).source == "tuned"
+    assert choose(p, H200).source == "tuned"
 
 
 # -- chips -------------------------------------------------------------------------------------------------------------
@@ -533,13 +527,13 @@ def test_every_figure_says_where_it_comes_from():
 
 def test_measured_figures_change_predictions():
     p = problem(block=32, density=0.1)
-    before = tiles.choose(p, chips.get("h200"))
+    before = choose(p, chips.get("h200"))
     chips.remember("h200", l2_bandwidth=4e12, hbm_bandwidth=None, dense_tflops={"bfloat16": 700.0})
     chip = chips.get("h200")
     assert (chip.l2_bandwidth, chip.rate("bfloat16"), chip.hbm_bandwidth) == (4e12, 700e12, 4.3e12)
     assert chip.source("l2_bandwidth") == chip.source("dense_flops.bfloat16") == "measured"
     assert chip.source("dense_flops.float16") == "assumed"
-    after = tiles.choose(p, chip)
+    after = choose(p, chip)
     assert after.seconds > before.seconds and after.dense_seconds > before.dense_seconds
     table.remember("h200", p, SLOW, 1e-5, 1e-3)
     table.save("h200")
@@ -584,7 +578,7 @@ def test_unknown_gpus_follow_from_their_architecture(monkeypatch):
     assert chip.hbm_bandwidth == pytest.approx(0.27e12, rel=0.01)
     assert chip.rate("bfloat16") == pytest.approx(0.8 * 40 * 2.04e9 * 1024)
     assert chip.source("dense_flops.bfloat16") == "assumed"
-    assert tiles.choose(problem(shape=(8192, 1024, 1024)), chip).tile is not None
+    assert choose(problem(shape=(8192, 1024, 1024)), chip).kernel is not None
     chips.remember("nvidia-l4", hbm_bandwidth=0.2e12)
     assert chips.current("cuda").hbm_bandwidth == 0.2e12
     device_properties(monkeypatch, "NVIDIA Future", 13, 0)
@@ -618,10 +612,13 @@ def test_fp32_follows_torchs_own_switch():
 def test_nothing_here_needs_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from sparsekern.backends.triton import chips, model, table, tiles\n"
+        "from sparsekern.backends.gpu import chips, table\n"
+        "from sparsekern.backends.gpu.choose import choose\n"
+        "from sparsekern.backends.gpu.problem import Problem\n"
+        "from sparsekern.backends.triton import model, tiles\n"
         "from sparsekern import tuning\n"
-        "p = tiles.Problem('linear_forward', 'bfloat16', (64, 64), 4096, 1024, 1024, 26)\n"
-        "assert tiles.choose(p, chips.get('h200')).tile"
+        "p = Problem('linear_forward', 'bfloat16', (64, 64), 4096, 1024, 1024, 26)\n"
+        "assert choose(p, chips.get('h200')).kernel"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_recorded_launches_make_the_same_result(case: overheads.Case, monkeypatc
     name, again = launches[0]
     assert len(launches) == 1 and name.endswith(f"{problem.op}.forward")
     assert torch.equal(again(), want)  # type: ignore[arg-type]
-    tile = adapters.tile_of(again)
+    tile = adapters.kernel_of(again)
     assert tile is None if refused else tile["bm"] >= 16
     assert [n.rpartition(".")[2] for n, _ in _recorded(problem.step().sparse)] == ["forward", "dgrad", "wgrad"]
     assert not launches[1:], "recording ends with its context"
@@ -163,12 +163,12 @@ def test_a_topology_update_moves_values_along() -> None:
 
 
 @pytest.mark.parametrize("case", overheads.TINY)
-def test_the_tiles_chosen_are_told(case: overheads.Case) -> None:
+def test_the_kernels_chosen_are_told(case: overheads.Case) -> None:
     """Asked for as the backend asks: no error, one entry per pass."""
     pytest.importorskip("triton")
     told = adapters.choices(overheads.problem_of(case, "cpu"), "step", False)
     assert set(told) == {"forward", "dgrad", "wgrad"}
-    assert all(entry["tile"]["bm"] >= 16 and entry["seconds"] > 0 for entry in told.values())
+    assert all(entry["kernel"]["bm"] >= 16 and entry["seconds"] > 0 for entry in told.values())
 
 
 # -- training on real data ---------------------------------------------------------------------------------------------

@@ -20,10 +20,12 @@ from .support import random_layout
 
 pytest.importorskip("triton")
 
-from sparsekern.backends.triton import aot, chips, tiles
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton import aot, tiles
 from sparsekern.backends.triton.compiled import Compiled, read
 from sparsekern.backends.triton.launch import block_scores, linear, linear_wgrad
-from sparsekern.backends.triton.problem import Problem, Tile
+from sparsekern.backends.triton.tile import Tile
 
 M, FEATURES = 256, 256
 BLOCKS = [(16, 16), (64, 128)]
@@ -50,7 +52,8 @@ def compared_tiles(arch):
 
 RECORD = """
 import json, sys
-from sparsekern.backends.triton.problem import Problem, Tile
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.backends.triton.recorded import calls
 for line in sys.stdin:
     problem, tile = json.loads(line)

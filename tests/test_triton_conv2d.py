@@ -22,7 +22,7 @@ from .support import conv2d_reference, random_layout
 pytest.importorskip("triton")
 
 from sparsekern.backends.triton.launch import block_scores, conv2d, conv2d_wgrad
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 
 from .test_triton_linear import BLOCKS, DEVICE, DTYPES, EDGES, assert_close, name, pytestmark  # noqa: F401
 
@@ -358,6 +358,6 @@ def test_explain_tells_the_tile_of_each_pass(forced):
     text = sk.explain(model, x)
     assert text.count("triton: chosen") == 2
     for step in ("forward", "dgrad", "wgrad"):
-        assert len(re.findall(rf"{step}: \w+ tile .* \(model for \w+: kernel \d+ us, dense \d+ us\)", text)) == 2
+        assert len(re.findall(rf"{step}: triton \w+ tile .* \(model for \w+: kernel \d+ us, dense \d+ us\)", text)) == 2
     assert "tile" not in sk.explain(model)
     assert "forward: " in sk.explain(model[0], x[0])

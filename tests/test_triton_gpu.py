@@ -14,8 +14,9 @@ from .support import assert_within, conv2d_reference, random_layout
 
 pytest.importorskip("triton")
 
-from sparsekern.backends.triton import chips, model, tiles
-from sparsekern.backends.triton.problem import Problem
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton import model, tiles
 
 pytestmark = pytest.mark.gpu
 

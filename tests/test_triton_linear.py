@@ -16,7 +16,7 @@ from .support import BOUND, assert_within, linear_reference, random_layout
 pytest.importorskip("triton")
 
 from sparsekern.backends.triton.launch import block_scores, linear, linear_wgrad
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

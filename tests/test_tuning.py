@@ -11,7 +11,10 @@ from torch import nn
 import sparsekern as sk
 from sparsekern import cost, tuning
 from sparsekern.backends import ConvGeometry
-from sparsekern.backends.triton import chips, table, tiles
+from sparsekern.backends.gpu import chips, table
+from sparsekern.backends.gpu.choose import choose
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton import tiles
 from sparsekern.layout import BlockGrid
 
 H200 = chips.get("h200")
@@ -51,7 +54,7 @@ class WoundClock:
 
 
 def problem(op="linear_forward", block=64):
-    return tiles.Problem(op, "bfloat16", (block, block), 4096, 1024, 1024, 1).at_density(0.1)
+    return Problem(op, "bfloat16", (block, block), 4096, 1024, 1024, 1).at_density(0.1)
 
 
 def test_contenders_take_turns():
@@ -69,7 +72,7 @@ def test_the_fastest_tile_by_the_median_is_the_best():
         listed[1]: clock.takes([warm, warm, 9.0, 1.0, 1.0], 1),
         listed[2]: clock.takes([warm, warm, 2.0, 2.0, 0.1], 2),
     }
-    times = tuning.measure_tiles(plans, lambda tile: plans[tile](), clock.takes(4.0, "dense"), clock, 0.0)
+    times = tuning.measure_kernels(plans, lambda tile: plans[tile](), clock.takes(4.0, "dense"), clock, 0.0)
     assert times.best == listed[1]
     assert list(times.seconds.values()) == pytest.approx([3.0, 1.0, 2.0])
     assert times.dense_seconds == pytest.approx(4.0)
@@ -83,11 +86,11 @@ def test_tiles_that_cannot_run_are_skipped_with_the_reason():
     def run(tile):
         return refuse() if tile != listed[-1] else clock.takes(1.0, "ran")()
 
-    times = tuning.measure_tiles(listed, run, clock.takes(2.0, "dense"), clock, 0.0)
+    times = tuning.measure_kernels(listed, run, clock.takes(2.0, "dense"), clock, 0.0)
     assert times.best == listed[-1]
     assert set(times.skipped) == set(listed[:-1])
     assert set(times.skipped.values()) == {"RuntimeError: out of resource: shared memory"}
-    nothing = tuning.measure_tiles(listed, lambda tile: refuse(), clock.takes(2.0, "dense"), clock, 0.0)
+    nothing = tuning.measure_kernels(listed, lambda tile: refuse(), clock.takes(2.0, "dense"), clock, 0.0)
     assert nothing.best is None and len(nothing.skipped) == len(listed)
 
 
@@ -103,11 +106,11 @@ def test_best_tiles_are_remembered_for_each_pass():
 
         return run, clock.takes(50e-6, "dense")
 
-    measured = tuning.tune_tiles(problems, launch, clock, H200, 0.0)
+    measured = tuning.tune_kernels(problems, launch, clock, H200, 0.0, ("triton",))
     assert list(measured) == problems
     for p in problems:
-        chosen = tiles.choose(p, H200)
-        assert (chosen.tile, chosen.source) == (wanted[p], "tuned")
+        chosen = choose(p, H200)
+        assert (chosen.kernel, chosen.source) == (wanted[p], "tuned")
         assert (chosen.seconds, chosen.dense_seconds) == pytest.approx((5e-6, 50e-6))
     entries = json.loads(table.save("h200").read_text())["tiles"]
     assert entries[table.key(problems[0])]["skipped"] == {str(skipped): "RuntimeError: too large"}
@@ -118,9 +121,9 @@ def test_a_problem_that_nothing_ran_keeps_the_model():
     def launch(p):
         return WoundClock().takes(0.0, "", RuntimeError("no")), lambda: None
 
-    measured = tuning.tune_tiles([problem()], launch, WoundClock(), H200, 0.0)
+    measured = tuning.tune_kernels([problem()], launch, WoundClock(), H200, 0.0, ("triton",))
     assert measured[problem()].best is None
-    assert tiles.choose(problem(), H200).source == "model"
+    assert choose(problem(), H200).source == "model"
 
 
 def test_layers_are_measured_by_the_clock_given():
@@ -154,12 +157,13 @@ def test_gpu_layers_tune_their_tiles_first(monkeypatch):
 
     def measure(dense, case, grid, count, seconds, clock):
         order.append(("layer", case.weight_shape))
-        assert tiles.choose(problem("linear_wgrad"), H200).source == "tuned"
+        assert choose(problem("linear_wgrad"), H200).source == "tuned"
         return 2.0
 
     monkeypatch.setattr(tuning, "LAUNCHES", {"linear": Launch})
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(tuning, "clock_of", lambda device: clock)
+    monkeypatch.setattr(tuning, "families", lambda desc: ("triton",))
     cfg = sk.SparsityConfig(sparsity=0.9, block=16, exclude=("4",), below_break_even="sparse")
     assert sk.tune(model, torch.randn(8, 64), cfg, seconds_per_layer=0.0) == {"0": 2.0, "2": 2.0}
     assert order == [
@@ -179,7 +183,7 @@ def test_linear_launches_compute_the_layer():
     case, grid = cost.Case("linear", (48, 32), 1, (8, 32), 8), BlockGrid((48, 32), (16, 16))
     launch = tuning.LinearLaunch(nn.Linear(32, 48), case, grid, 3)
     assert launch.values.shape == (3, 16, 16)
-    passes = [tiles.Problem(op, "float32", (16, 16), 8, 48, 32, 3) for op in tiles.OPS[:3]]
+    passes = [Problem(op, "float32", (16, 16), 8, 48, 32, 3) for op in tiles.OPS[:3]]
     y, dx, (dw, dbias) = (launch(p)[1]() for p in passes)
     assert (y.shape, dx.shape, dw.shape, dbias.shape) == ((8, 48), (8, 32), (48, 32), (48,))
 

@@ -1,8 +1,10 @@
 """Backends: who computes an operator, and why.
 
-A backend is a module with the functions of :class:`Backend`. The choice depends on static facts alone (device, dtype,
-block), never on layout contents, so it costs no host sync and no recompile. ``SPARSEKERN_BACKEND`` forces one; a forced
-backend that can't do an operator raises and never falls back.
+A backend is a module with ``unsupported(desc)`` and the functions of :class:`Backend`. Those of a GPU are families of
+kernels (:mod:`sparsekern.backends.gpu.families`), and their functions are in :mod:`sparsekern.backends.gpu.passes`,
+which chooses a kernel for each pass. The choice depends on static facts alone (device, dtype, shapes, block), never on
+layout contents, so it costs no host sync and no recompile. ``SPARSEKERN_BACKEND`` forces one; a forced backend that
+can't do an operator raises and never falls back.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +20,45 @@ from torch import Tensor
 
 from sparsekern.layout import BlockGrid
 
-NAMES = ("cpu", "triton", "dense")  # in order of preference
+NAMES = ("cpu", "triton", "cuda", "dense")  # in order of preference
+GPU = ("triton", "cuda")  # families of kernels that one module dispatches to
+AUTO = "auto"
+
+
+def precision(dtype: torch.dtype, kind: str = "linear") -> str:
+    """Name of a dtype as kernels on a GPU compute in it: float32 is "tf32" where PyTorch's own switch says so.
+
+    Matrix products (``kind`` "linear") and convolutions ("conv2d") have switches of their own, and cuDNN's is on by
+    default.
+    """
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    cudnn: Any = torch.backends.cudnn
+    old: Any = cudnn if kind == "conv2d" else torch.backends.cuda.matmul
+    switch = getattr(cudnn, "conv", None) if kind == "conv2d" else old
+    # Since torch 2.9 reading allow_tf32 raises once the newer setting was used.
+    wish = getattr(switch, "fp32_precision", None)
+    return "tf32" if (wish == "tf32" if wish is not None else old.allow_tf32) else "float32"
 
 
 @dataclass(frozen=True)
 class OpDesc:
-    """What a backend is asked to do: ``op`` is "linear" or "conv2d"."""
+    """What a backend is asked to do.
+
+    Attributes:
+        op: "linear" or "conv2d".
+        tf32: whether PyTorch's switch lets float32 be rounded to TF32 on this device; follows from the switch.
+    """
 
     op: str
     device: str
     dtype: torch.dtype
     block: tuple[int, int]
+    tf32: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype is torch.float32 and self.device == "cuda":
+            object.__setattr__(self, "tf32", precision(self.dtype, self.op) == "tf32")
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,7 @@ def get(name: str) -> Any:
 
 def forced() -> str:
     """The value of ``SPARSEKERN_BACKEND``, "auto" if unset."""
-    return os.environ.get("SPARSEKERN_BACKEND", "auto") or "auto"
+    return os.environ.get("SPARSEKERN_BACKEND", AUTO) or AUTO
 
 
 def candidates(desc: OpDesc) -> list[tuple[str, str | None]]:
@@ -127,34 +157,55 @@ def candidates(desc: OpDesc) -> list[tuple[str, str | None]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _select(desc: OpDesc, wish: str) -> Any:
-    if wish == "auto":
-        return next(get(name) for name, reason in candidates(desc) if reason is None)
-    backend = get(wish)
-    reason = backend.unsupported(desc)
+def _select(desc: OpDesc, wish: str) -> str:
+    if wish == AUTO:
+        return next(name for name, reason in candidates(desc) if reason is None)
+    reason = get(wish).unsupported(desc)
     if reason is not None:
         raise RuntimeError(
             f"SPARSEKERN_BACKEND={wish}: can't do {desc.op} on {desc.device} in {desc.dtype}: {reason}; "
             "unset it to let sparsekern choose"
         )
-    return backend
+    return wish
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(desc: OpDesc, wish: str) -> Any:
+    name = _select(desc, wish)
+    return importlib.import_module("sparsekern.backends.gpu.passes") if name in GPU else get(name)
 
 
 def select(op: str, tensor: Tensor, block: tuple[int, int]) -> Any:
-    """The backend for ``op`` on ``tensor``'s device and dtype."""
-    return _select(OpDesc(op, tensor.device.type, tensor.dtype, block), forced())
+    """The module with the functions of :class:`Backend` that runs ``op`` on ``tensor``'s device and dtype."""
+    return _module(OpDesc(op, tensor.device.type, tensor.dtype, block), forced())
+
+
+def families(desc: OpDesc, wish: str | None = None) -> tuple[str, ...]:
+    """Families of GPU kernels that may run ``desc``, in order of preference; the forced one alone if one is.
+
+    Args:
+        wish: instead of :func:`forced`.
+    """
+    return _families(desc, forced() if wish is None else wish)
+
+
+@functools.lru_cache(maxsize=1024)
+def _families(desc: OpDesc, wish: str) -> tuple[str, ...]:
+    return tuple(name for name in GPU if wish in (AUTO, name) and get(name).unsupported(desc) is None)
 
 
 def backends() -> dict[str, str]:
     """What is there on this machine: {backend: "available" or why not}."""
     out = {}
     for name in NAMES:
-        device = "cuda" if name in ("triton", "cuda") else "cpu"
-        reason = get(name).unsupported(OpDesc("linear", device, torch.float32, (32, 32)))
-        out[name] = reason or "available"
+        device, dtype = ("cuda", torch.bfloat16) if name in GPU else ("cpu", torch.float32)
+        out[name] = get(name).unsupported(OpDesc("linear", device, dtype, (32, 32))) or "available"
     return out
 
 
 def choice(op: str, device: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
-    """Name of the backend that runs ``op``; "dense" for devices without kernels."""
-    return _select(OpDesc(op, device, dtype, block), forced()).__name__.rpartition(".")[2]
+    """Name of the backend that runs ``op``; "dense" for devices without kernels.
+
+    On a GPU the first family of kernels that can run it; which of them runs a pass also depends on shapes.
+    """
+    return _select(OpDesc(op, device, dtype, block), forced())

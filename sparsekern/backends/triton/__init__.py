@@ -1,6 +1,7 @@
 """Triton kernels on NVIDIA GPUs of compute capability 8.0 and later; no compiler is needed on the machine.
 
-With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests. Triton itself is imported at the first call.
+With ``TRITON_INTERPRET=1`` they run on CPU tensors, for tests. Triton itself is imported at the first call. The
+functions are those of :class:`sparsekern.backends.gpu.families.Family`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from sparsekern.backends import ConvGeometry, OpDesc, dense, forced, is_channels_last
-from sparsekern.backends.triton import chips, model, tiles
+from sparsekern.backends import ConvGeometry, OpDesc
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.chips import Chip
+from sparsekern.backends.gpu.problem import Problem, layer_problem
+from sparsekern.backends.triton import model, tiles
 from sparsekern.backends.triton.launch import common
-from sparsekern.backends.triton.problem import Problem, Tile, layer_problem
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid, capacity_of
 
 WANTS_CHANNELS_LAST = True
@@ -45,9 +49,16 @@ def unsupported(desc: OpDesc) -> str | None:
     return None
 
 
-def _tile(problem: Problem, x: Tensor, fallback: bool = True) -> Tile | None:
-    """The tile that runs, or None where the dense op is faster and this backend is not forced."""
-    return tiles.choose(problem, chips.current(x.device), fallback and forced() != "triton").tile
+def candidates(problem: Problem, chip: Chip) -> tuple[Tile, ...]:
+    return tiles.candidates(problem, chip.arch)
+
+
+def why_not(problem: Problem, kernel: Tile, chip: Chip) -> str | None:
+    return tiles.why_not(problem, kernel, chip.arch)
+
+
+def seconds(problem: Problem, kernel: Tile, chip: Chip) -> float:
+    return model.seconds(problem, kernel, chip)
 
 
 def _on_device(function: Callable[P, R]) -> Callable[P, R]:
@@ -65,137 +76,71 @@ def _on_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_on_device
-def linear_forward(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid) -> Tensor:
-    tile = _tile(layer_problem("forward", x.dtype, grid, None, x.shape, values.shape[0]), x)
-    if tile is None:
-        return dense.linear_forward(x, values, index, bias, grid)
-    from sparsekern.backends.triton.launch import linear
-
-    return linear.forward(x, values, index, bias, grid, tile)
-
-
-@_on_device
-def linear_dgrad(dy: Tensor, values: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
-    tile = _tile(layer_problem("dgrad", dy.dtype, grid, None, dy.shape, values.shape[0]), dy)
-    if tile is None:
-        return dense.linear_dgrad(dy, values, index, grid)
-    from sparsekern.backends.triton.launch import linear
-
-    return linear.dgrad(dy, values, index, grid, tile)
-
-
-@_on_device
-def linear_wgrad(
-    dy: Tensor, x: Tensor, index: Tensor, element_mask: Tensor | None, with_bias: bool, grid: BlockGrid
-) -> tuple[Tensor, Tensor]:
-    problem = layer_problem("wgrad", dy.dtype, grid, None, dy.shape, capacity_of(grid, index))
-    tile = _tile(problem, dy)
-    if tile is None:
-        return dense.linear_wgrad(dy, x, index, element_mask, with_bias, grid)
-    from sparsekern.backends.triton.launch import linear_wgrad as sdd
-
-    splits = model.splits(problem, tile, chips.current(dy.device))
-    return sdd.wgrad(dy, x, index, element_mask, with_bias, grid, tile, splits)
-
-
-@_on_device
-def block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid) -> Tensor:
-    problem = layer_problem("block_scores", dy.dtype, grid, None, dy.shape, capacity_of(grid, index))
-    tile = _tile(problem, dy, fallback=False)
-    assert tile is not None
-    from sparsekern.backends.triton.launch import block_scores as norms
-
-    return dense.without_stored(norms.scores(dy, x, grid, tile), index, grid)
-
-
-# -- convolutions: the kernels want channels_last ----------------------------------------------------------------------
-
-
-def _formatted(image: Tensor, channels_last: bool) -> Tensor:
-    return image.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-@_on_device
-def conv2d_forward(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, grid: BlockGrid, geometry: ConvGeometry
+def forward(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    grid: BlockGrid,
+    geometry: ConvGeometry | None,
+    kernel: Tile,
 ) -> Tensor:
-    tile = _tile(layer_problem("forward", x.dtype, grid, geometry, x.shape, values.shape[0]), x)
-    if tile is None:
-        return dense.conv2d_forward(x, values, index, bias, grid, geometry)
+    if geometry is None:
+        from sparsekern.backends.triton.launch import linear
+
+        return linear.forward(x, values, index, bias, grid, kernel)
     from sparsekern.backends.triton.launch import conv2d
 
-    return _formatted(conv2d.forward(x, values, index, bias, grid, geometry, tile), is_channels_last(x))
+    return conv2d.forward(x, values, index, bias, grid, geometry, kernel)
 
 
 @_on_device
-def conv2d_dgrad(
+def dgrad(
     dy: Tensor,
     values: Tensor,
     index: Tensor,
     input_shape: tuple[int, ...],
-    channels_last: bool,
     grid: BlockGrid,
-    geometry: ConvGeometry,
+    geometry: ConvGeometry | None,
+    kernel: Tile,
 ) -> Tensor:
-    tile = _tile(layer_problem("dgrad", dy.dtype, grid, geometry, input_shape, values.shape[0]), dy)
-    if tile is None:
-        return dense.conv2d_dgrad(dy, values, index, input_shape, channels_last, grid, geometry)
+    if geometry is None:
+        from sparsekern.backends.triton.launch import linear
+
+        return linear.dgrad(dy, values, index, grid, kernel)
     from sparsekern.backends.triton.launch import conv2d
 
-    return _formatted(conv2d.dgrad(dy, values, index, input_shape, grid, geometry, tile), channels_last)
+    return conv2d.dgrad(dy, values, index, input_shape, grid, geometry, kernel)
 
 
 @_on_device
-def conv2d_wgrad(
+def wgrad(
     dy: Tensor,
     x: Tensor,
     index: Tensor,
     element_mask: Tensor | None,
     with_bias: bool,
     grid: BlockGrid,
-    geometry: ConvGeometry,
+    geometry: ConvGeometry | None,
+    kernel: Tile,
 ) -> tuple[Tensor, Tensor]:
+    """Over as many token chunks as the model finds best."""
     problem = layer_problem("wgrad", dy.dtype, grid, geometry, x.shape, capacity_of(grid, index))
-    tile = _tile(problem, dy)
-    if tile is None:
-        return dense.conv2d_wgrad(dy, x, index, element_mask, with_bias, grid, geometry)
-    from sparsekern.backends.triton.launch import conv2d_wgrad as sdd
+    splits = model.splits(problem, kernel, chips.current(dy.device))
+    if geometry is None:
+        from sparsekern.backends.triton.launch import linear_wgrad
 
-    splits = model.splits(problem, tile, chips.current(dy.device))
-    return sdd.wgrad(dy, x, index, element_mask, with_bias, grid, geometry, tile, splits)
+        return linear_wgrad.wgrad(dy, x, index, element_mask, with_bias, grid, kernel, splits)
+    from sparsekern.backends.triton.launch import conv2d_wgrad
+
+    return conv2d_wgrad.wgrad(dy, x, index, element_mask, with_bias, grid, geometry, kernel, splits)
 
 
 @_on_device
-def conv2d_block_scores(dy: Tensor, x: Tensor, index: Tensor, grid: BlockGrid, geometry: ConvGeometry) -> Tensor:
-    tile = _tile(layer_problem("block_scores", dy.dtype, grid, geometry, x.shape, capacity_of(grid, index)), dy)
-    if tile is None:  # many pixels and few blocks: too few programs, and cuDNN's panels are small
-        return dense.conv2d_block_scores(dy, x, index, grid, geometry)
-    from sparsekern.backends.triton.launch import block_scores as norms
+def scores(dy: Tensor, x: Tensor, grid: BlockGrid, geometry: ConvGeometry | None, kernel: Tile) -> Tensor:
+    """Norms of all blocks of the weight gradient, stored or not."""
+    from sparsekern.backends.triton.launch import block_scores
 
-    return dense.without_stored(norms.conv2d_scores(dy, x, grid, geometry, tile), index, grid)
-
-
-# -- what would run ----------------------------------------------------------------------------------------------------
-
-
-def explain(
-    dtype: torch.dtype,
-    device: torch.device,
-    grid: BlockGrid,
-    capacity: int,
-    x_shape: tuple[int, ...],
-    geometry: ConvGeometry | None,
-) -> list[str]:
-    """One line per pass of a layer at x [..., I] or [N, C, H, W]: the tile or dense, why, and the times compared."""
-    chip, lines = chips.current(device), []
-    for step in ("forward", "dgrad", "wgrad"):
-        problem = layer_problem(step, dtype, grid, geometry, x_shape, capacity)
-        found = tiles.choose(problem, chip, fallback=forced() != "triton")
-        if found.tile is None:
-            runs = "dense on the materialised weight"
-        else:
-            t = found.tile
-            runs = f"{t.variant} tile {t.bm}x{t.bk or t.panel * grid.block[1]}, {t.warps} warps, {t.stages} stages"
-        us = f"{found.seconds * 1e6:.0f} us, dense {found.dense_seconds * 1e6:.0f} us"
-        lines.append(f"{step}: {runs} ({found.source} for {chip.name}: kernel {us})")
-    return lines
+    if geometry is None:
+        return block_scores.scores(dy, x, grid, kernel)
+    return block_scores.conv2d_scores(dy, x, grid, geometry, kernel)

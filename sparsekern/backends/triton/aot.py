@@ -15,18 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsekern.backends.triton import chips, model, tiles
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton import model, tiles
 from sparsekern.backends.triton.compiled import Compiled, compile_all, jobs_here, key
-from sparsekern.backends.triton.problem import (
+from sparsekern.backends.triton.recorded import Call, calls
+from sparsekern.backends.triton.tile import (
     SHARED_RESERVE,
-    Problem,
     Tile,
     rows,
     shared_bytes,
     stage_elements,
     warpgroups,
 )
-from sparsekern.backends.triton.recorded import Call, calls
 
 ARCHS = (80, 90, 100)
 CHIP = {80: "a100", 90: "h200", 100: "b200"}  # whose figures the predictions take

@@ -39,10 +39,11 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from sparsekern.backends.triton.chips import Chip
-from sparsekern.backends.triton.problem import (
+from sparsekern.backends.gpu.chips import Chip
+from sparsekern.backends.gpu.dense_model import activation_bytes, ideal_seconds
+from sparsekern.backends.gpu.problem import Problem
+from sparsekern.backends.triton.tile import (
     OTHER_REGISTERS,
-    Problem,
     Tile,
     accumulator_registers,
     buffers,
@@ -98,7 +99,7 @@ def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
         )
     p, s, (bo, bi) = problem, problem.itemsize, problem.block
     nnz, area = p.capacity, bo * bi
-    hbm = _activations(p) + nnz * area * s
+    hbm = activation_bytes(p) + nnz * area * s
     if tile.variant == "scores":
         outputs = score_outputs(p.block)
         programs = math.ceil(p.out_features / p.groups / outputs) * math.ceil(p.in_features / p.groups / tile.panel)
@@ -109,7 +110,7 @@ def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
             flops=2.0 * p.m * programs * outputs * tile.panel,
             width=min(outputs, tile.panel),
             l2_bytes=float(p.m * programs * (outputs + tile.panel) * s),
-            hbm_bytes=_activations(p) + p.blocks * 4.0,
+            hbm_bytes=activation_bytes(p) + p.blocks * 4.0,
         )
     if tile.variant == "panel":
         panels = _panels(p, tile.panel)
@@ -144,12 +145,6 @@ def work(problem: Problem, tile: Tile, splits: int = 1) -> Work:
         l2_bytes=float(steps * nnz * (tile.bm + p.phases * n) * k * s),
         hbm_bytes=hbm,
     )
-
-
-def _activations(problem: Problem) -> int:
-    """Bytes of x (dx) and y (dy)."""
-    p = problem
-    return (p.image * p.in_features + p.m * p.out_features) * p.itemsize
 
 
 def _panels(problem: Problem, panel: int) -> float:
@@ -226,35 +221,6 @@ def splits(problem: Problem, tile: Tile, chip: Chip) -> int:
     return _splits(problem, tile, chip) if tile.variant == "panel" else 1
 
 
-def ideal_seconds(problem: Problem, chip: Chip) -> float:
-    """Stored multiply-adds at the rate of cuBLAS, or everything once through device memory."""
-    return max(problem.stored_flops / chip.rate(problem.dtype), _activations(problem) / chip.hbm_bandwidth)
-
-
 def efficiency(problem: Problem, tile: Tile, chip: Chip) -> float:
     """Ideal time over predicted time, within (0, 1]."""
     return ideal_seconds(problem, chip) / seconds(problem, tile, chip)
-
-
-def dense_seconds(problem: Problem, chip: Chip) -> float:
-    """The dense op on cuBLAS: launch plus the larger of 2 M O I / rate and (M I + M O + O I) s / bandwidth; on cuDNN
-    with its share of the rate.
-
-    Waves are not rounded up, so small shapes look faster than they are and a kernel is not chosen too early.
-    """
-    p = problem
-    rate = chip.rate(p.dtype) * (chip.conv_share if p.kind == "conv2d" else 1.0)
-    return chip.launch + max(p.dense_flops / rate, (_activations(p) + p.weight * p.itemsize) / chip.hbm_bandwidth)
-
-
-def dense_fallback_seconds(problem: Problem, chip: Chip) -> float:
-    """The same result on the dense op: :func:`dense_seconds`, and the way from and to stored blocks.
-
-    With K the elements of the dense weight. forward, dgrad: zeros and blocks are written into a dense weight,
-    (K + 2 nnz bo bi) s bytes and 2 launches. wgrad: blocks of the dense gradient are gathered, 2 nnz bo bi s bytes and
-    1 launch. scores: the dense gradient is read once and reduced, K s bytes and 1 launch.
-    """
-    p, s = problem, problem.itemsize
-    stored, full = p.capacity * math.prod(p.block) * s, p.weight * s
-    moved, launches = {"wgrad": (2 * stored, 1), "scores": (full, 1)}.get(p.step, (full + 2 * stored, 2))
-    return dense_seconds(p, chip) + launches * chip.launch + moved / chip.hbm_bandwidth

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from sparsekern.backends import ConvGeometry
+from sparsekern.backends.gpu.problem import Problem
 from sparsekern.backends.triton.launch import block_scores, common, conv2d, conv2d_wgrad, linear, linear_wgrad
-from sparsekern.backends.triton.problem import Problem, Tile
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid
 
 SPLITS = 2  # token chunks of the recorded wgrad that has several

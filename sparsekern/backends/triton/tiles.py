@@ -1,4 +1,4 @@
-"""Which tiles there are for a problem, and which one runs it.
+"""Which Triton tiles there are for a problem.
 
 The shipped tiles are few per op, dtype and block, each for a reason; everything here is derived, nothing measured yet.
 """
@@ -7,37 +7,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from sparsekern.backends.triton import chips, model, table
-from sparsekern.backends.triton.chips import Chip
-from sparsekern.backends.triton.problem import (
-    ITEMSIZE,
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.problem import ITEMSIZE, Problem
+from sparsekern.backends.triton.tile import (
     SHARED_RESERVE,
     UNION_WIDTH,
-    Problem,
     Tile,
     accumulator_registers,
     buffers,
-    precision,
     score_outputs,
     shared_bytes,
     warpgroups,
-)
-
-__all__ = (
-    "BLOCKS",
-    "DTYPES",
-    "OPS",
-    "Choice",
-    "Problem",
-    "Tile",
-    "candidates",
-    "choose",
-    "precision",
-    "shared_bytes",
-    "shipped",
-    "why_not",
 )
 
 LINEAR_OPS = ("linear_forward", "linear_dgrad", "linear_wgrad", "block_scores")
@@ -54,30 +36,6 @@ MOST_ACCUMULATORS = 128  # registers of one thread; more spill
 # and in tf32 for sm_90 508.
 PLAIN_ACCUMULATORS = 64
 DESCRIPTORS = 90  # the first architecture that loads by descriptor
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What runs a problem.
-
-    Attributes:
-        tile: None where cuBLAS on the materialised weight is faster.
-        source: "tuned" (the user's cache), "table" (shipped) or "model".
-        seconds: of the best tile, whether it is taken or not; infinite if there is none.
-        dense_seconds: of the dense op, for a layer that is dense.
-        fallback_seconds: of the dense op and the way from and to stored blocks.
-    """
-
-    tile: Tile | None
-    source: str
-    seconds: float
-    dense_seconds: float
-    fallback_seconds: float
-
-    @property
-    def taken_seconds(self) -> float:
-        """Of what runs."""
-        return self.fallback_seconds if self.tile is None else self.seconds
 
 
 def candidates(problem: Problem, arch: int) -> tuple[Tile, ...]:
@@ -259,42 +217,3 @@ def why_not(problem: Problem, tile: Tile, arch: int) -> str | None:
     if registers > most:
         return f"registers: {registers:.0f} accumulators per thread, the limit is {most}"
     return None
-
-
-def choose(problem: Problem, chip: Chip, fallback: bool = True) -> Choice:
-    """What runs ``problem`` on ``chip``: a tuned entry, else the shipped table, else the model's best candidate.
-
-    An entry measured at another shape lends its tile; its times are scaled by what the model says of both shapes. The
-    dense op is taken whenever it is faster, the cost of materialising the weight included; with ``fallback`` False
-    (a forced backend) the best tile is taken all the same.
-
-    Raises:
-        ValueError: if no tile can run the problem and ``fallback`` is False.
-    """
-    return _choose(problem, chip, fallback, table.generation())
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, chip: Chip, fallback: bool, generation: int) -> Choice:
-    dense = model.dense_seconds(problem, chip)
-    materialise = model.dense_fallback_seconds(problem, chip) - dense
-    tile, seconds, source = _best(problem, chip), float("inf"), "model"
-    if tile is not None:
-        seconds = model.seconds(problem, tile, chip)
-    for found in table.lookup(chip.name, problem):
-        if why_not(problem, found.tile, chip.arch) is None:
-            own = found.problem
-            tile, source = found.tile, found.source
-            seconds = found.seconds * model.seconds(problem, tile, chip) / model.seconds(own, tile, chip)
-            dense = found.dense_seconds * dense / model.dense_seconds(own, chip)
-            break
-    if tile is None and not fallback:
-        raise ValueError(f"{problem.op}: no tile for block {problem.block} in {problem.dtype} on sm_{chip.arch}")
-    if fallback and dense + materialise < seconds:
-        tile = None
-    return Choice(tile, source, seconds, dense, dense + materialise)
-
-
-def _best(problem: Problem, chip: Chip) -> Tile | None:
-    listed = candidates(problem, chip.arch)
-    return min(listed, key=lambda tile: model.seconds(problem, tile, chip), default=None)

@@ -10,7 +10,7 @@ from sparsekern.backends import ConvGeometry
 from sparsekern.backends.triton.kernels import block_scores as kernels
 from sparsekern.backends.triton.launch import common
 from sparsekern.backends.triton.launch.conv2d import alignment
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid
 
 OUTPUTS = 128  # output features of one program: a whole number of blocks of every edge

@@ -10,8 +10,8 @@ import os
 import torch
 from torch import Tensor
 
-from sparsekern.backends.triton import problem
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends import precision as number_format
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid, IndexOffsets, capacity_of, index_offsets
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 def precision(tensor: Tensor, kind: str = "linear") -> str:
     """``input_precision`` of ``tl.dot``; it matters for fp32 alone, where PyTorch's own switch for ``kind`` decides."""
-    return "tf32" if problem.precision(tensor.dtype, kind) == "tf32" else "ieee"
+    return "tf32" if number_format(tensor.dtype, kind) == "tf32" else "ieee"
 
 
 @functools.lru_cache(maxsize=16)

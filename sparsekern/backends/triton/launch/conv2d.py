@@ -11,9 +11,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparsekern.backends import ConvGeometry
+from sparsekern.backends.gpu.problem import is_linear
 from sparsekern.backends.triton.kernels import conv2d as kernels
 from sparsekern.backends.triton.launch import common, linear
-from sparsekern.backends.triton.problem import Tile, is_linear
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid
 
 

@@ -7,10 +7,11 @@ import triton
 from torch import Tensor
 
 from sparsekern.backends import ConvGeometry
+from sparsekern.backends.gpu.problem import is_linear
 from sparsekern.backends.triton.kernels import conv2d_wgrad as kernels
 from sparsekern.backends.triton.launch import common, linear_wgrad, panels
 from sparsekern.backends.triton.launch.conv2d import alignment, as_rows
-from sparsekern.backends.triton.problem import Tile, is_linear
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid, capacity_of
 
 

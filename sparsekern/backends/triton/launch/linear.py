@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparsekern.backends.triton.kernels import linear as kernels
 from sparsekern.backends.triton.launch import common
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid, union_rows
 
 

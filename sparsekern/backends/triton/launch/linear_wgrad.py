@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsekern.backends.triton.kernels import linear_wgrad as kernels
 from sparsekern.backends.triton.launch import common, panels
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 from sparsekern.layout import BlockGrid, capacity_of
 
 

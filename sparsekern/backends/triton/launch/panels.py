@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekern.backends.triton.kernels import panels as kernels
 from sparsekern.backends.triton.launch import common
-from sparsekern.backends.triton.problem import Tile
+from sparsekern.backends.triton.tile import Tile
 
 _SUM_SIZE = 1024
 

@@ -1,9 +1,9 @@
-"""Tuned tiles: the shipped ``tables/triton.json`` and the user's cache, in one format.
+"""Measured kernels: the shipped ``tables/kernels.json`` and the user's cache, in one format.
 
 Shipped: ``{"version": 1, "gpus": {gpu: {key: entry}}}``; the user's cache holds ``{key: entry}`` of one GPU as "tiles".
 A key names op, dtype, block, tokens (nearest power of two), shape and density (nearest of :data:`DENSITIES`), and of a
-convolution also taps, groups and stride area. An entry holds the tile, seconds of the kernel and of the dense op, and
-the exact tokens, input pixels and slots they were measured at.
+convolution also taps, groups and stride area. An entry holds the kernel, a Triton tile or a CUDA plan (which has a
+"family"), seconds of the kernel and of the dense op, and the exact tokens, pixels and slots they were measured at.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from sparsekern.backends import user_cache
-from sparsekern.backends.triton import chips
-from sparsekern.backends.triton.problem import Problem, Tile
+from sparsekern.backends.cuda.plan import Plan
+from sparsekern.backends.gpu import chips
+from sparsekern.backends.gpu.families import Kernel
+from sparsekern.backends.gpu.problem import Problem, Window
+from sparsekern.backends.triton.tile import Tile
 
 VERSION = 1
 DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
 # An entry answers for other shapes up to these many doublings of tokens, features and density together: assumed, the
-# best tile changes slowly with the shape, and its time is scaled by the model.
+# best kernel changes slowly with the shape, and its time is scaled by the model.
 REACH = 2.0
-TILE_FIELDS = tuple(Tile.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A measured tile.
+    """A measured kernel.
 
     Attributes:
         problem: what it was measured on.
         source: "tuned" (the user's cache) or "table" (shipped).
     """
 
-    tile: Tile
+    kernel: Kernel
     problem: Problem
     seconds: float
     dense_seconds: float
@@ -90,7 +92,7 @@ def shipped() -> dict[str, dict[str, Any]]:
     global _shipped
     if _shipped is None:
         content = json.loads(
-            importlib.resources.files("sparsekern").joinpath("backends/tables/triton.json").read_text()
+            importlib.resources.files("sparsekern").joinpath("backends/tables/kernels.json").read_text()
         )
         _shipped = content["gpus"] if content.get("version") == VERSION else {}
     return _shipped
@@ -132,15 +134,18 @@ def lookup(gpu: str, problem: Problem) -> Iterator[Found]:
 def _read(problem: Problem, entry: Any, source: str) -> Found | None:
     """None for an entry that is not what this version writes: caches outlive versions."""
     try:
-        tile = Tile(**{name: entry[name] for name in TILE_FIELDS})
+        kernel = _kernel(entry)
         sizes = {name: int(entry[name]) for name in ("m", "out_features", "in_features", "capacity")}
         if problem.kind == "conv2d":
             sizes["source"] = int(entry["source"])
         times = float(entry["seconds"]), float(entry["dense_seconds"])
+        window = _window(entry["window"]) if entry.get("window") else None
     except (KeyError, TypeError, ValueError):
         return None
-    if not all(isinstance(entry[name], int) for name in TILE_FIELDS[1:]) or min(*sizes.values(), *times) <= 0:
+    if kernel is None or min(*sizes.values(), *times) <= 0:
         return None
+    if isinstance(kernel, Plan) and (problem.window is None) != (window is None):
+        return None  # plans of a convolution depend on its exact geometry
     own = replace(
         problem,
         m=sizes["m"],
@@ -148,8 +153,29 @@ def _read(problem: Problem, entry: Any, source: str) -> Found | None:
         in_features=sizes["in_features"],
         capacity=sizes["capacity"],
         source=sizes.get("source", 0),
+        window=window,
     )
-    return Found(tile, own, *times, source)
+    return Found(kernel, own, *times, source)
+
+
+def _kernel(entry: Any) -> Kernel | None:
+    """The kernel of an entry; None where a number is not one."""
+    if "family" in entry:
+        fields = {name: entry[name] for name in Plan.__dataclass_fields__}
+        fields["tile"] = tuple(fields["tile"])
+        numbers = [*fields["tile"], *(value for name, value in fields.items() if name not in ("family", "tile"))]
+        plan = Plan(**fields)
+        return plan if len(plan.tile) == 3 and all(type(number) is int for number in numbers) else None
+    tile = Tile(**{name: entry[name] for name in Tile.__dataclass_fields__})
+    return tile if all(type(value) is int for name, value in asdict(tile).items() if name != "variant") else None
+
+
+def _window(entry: Mapping[str, Any]) -> Window:
+    return Window(**{name: _size(entry[name]) for name in Window.__dataclass_fields__})
+
+
+def _size(value: Any) -> Any:
+    return tuple(int(side) for side in value) if isinstance(value, list | tuple) else int(value)
 
 
 def _distance(a: Problem, b: Problem) -> float:
@@ -165,15 +191,15 @@ def _distance(a: Problem, b: Problem) -> float:
 def remember(
     gpu: str,
     problem: Problem,
-    tile: Tile,
+    kernel: Kernel,
     seconds: float,
     dense_seconds: float,
     skipped: Mapping[str, str] | None = None,
 ) -> None:
-    """Add the best measured tile; :func:`save` writes it. ``skipped`` keeps why other tiles could not run."""
+    """Add the best measured kernel; :func:`save` writes it. ``skipped`` keeps why others could not run."""
     global _generation
     entry: dict[str, Any] = {
-        **asdict(tile),
+        **asdict(kernel),
         "m": problem.m,
         "out_features": problem.out_features,
         "in_features": problem.in_features,
@@ -183,6 +209,8 @@ def remember(
     }
     if problem.kind == "conv2d":
         entry["source"] = problem.source
+    if problem.window is not None:
+        entry["window"] = asdict(problem.window)
     if skipped:
         entry["skipped"] = dict(skipped)
     tuned(gpu)[key(problem)] = entry
@@ -202,5 +230,5 @@ def export(path: Path | str, gpus: tuple[str, ...]) -> Path:
     for gpu in gpus:
         own = {text: {k: v for k, v in entry.items() if k != "skipped"} for text, entry in tuned(gpu).items()}
         merged.setdefault(gpu, {}).update(own)
-    about = "Tuned tiles by GPU, measured by sparsekern.tune; seconds are medians with a cold L2."
+    about = "Tuned kernels by GPU, measured by sparsekern.tune; seconds are medians with a cold L2."
     return user_cache.write(Path(path), {"about": about, "version": VERSION, "gpus": merged})

@@ -1,24 +1,38 @@
-"""What a kernel is asked to do and how it is cut, and what that takes of a multiprocessor."""
+"""What a kernel on a GPU is asked to do: all static facts of one pass of a layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from sparsekern.backends import ConvGeometry
+from sparsekern.backends import ConvGeometry, precision
 from sparsekern.layout import BlockGrid
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
-UNION_WIDTH = 128  # outputs of one "union" program
-SCORE_OUTPUTS = 128  # outputs of one "scores" program
-SHARED_RESERVE = 4096  # bytes a kernel may need besides its stages (barriers, pipelined indices); assumed
-# Registers of a thread besides its accumulators (addresses, operands, indices); assumed for linear. Convolutions hold
-# an address and a position per row of pixels: compiled for sm_90, 110 beside 64 accumulators and 120 beside 128.
-OTHER_REGISTERS = {"linear": 48, "conv2d": 112}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Exact geometry of a convolution.
+
+    Attributes:
+        images, height, width: N, H, W of x.
+        out: (P, Q).
+        kernel: (R, S).
+        padding: (top, left); bottom and right follow from ``out``.
+    """
+
+    images: int
+    height: int
+    width: int
+    out: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,7 @@ class Problem:
         groups: of a convolution.
         source: input pixels N H W; 0 for linear.
         stride_area: input pixels per output pixel, the product of both strides.
+        window: of a convolution, where its exact geometry is known; tiles of Triton do without.
     """
 
     op: str
@@ -50,6 +65,7 @@ class Problem:
     groups: int = 1
     source: int = 0
     stride_area: int = 1
+    window: Window | None = None
 
     @property
     def kind(self) -> str:
@@ -170,46 +186,8 @@ def conv_problem(
         groups=grid.groups,
         source=n * h * w,
         stride_area=math.prod(geometry.stride),
+        window=Window(n, h, w, (p, q), grid.kernel_size, geometry.stride, geometry.padding[::2], geometry.dilation),
     )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one program of a kernel is cut.
-
-    Attributes:
-        variant: forward and dgrad: "gather" (pointers), "tma" (descriptors, sm_90 and later) or "union" (several block
-            rows share each tile of x); wgrad: "panel"; scores: "scores".
-        bm: tokens or pixels of one program (forward, dgrad), tokens or pixels per stage (wgrad, scores).
-        bk: reduction depth of one stage (forward, dgrad): several blocks or a part of one; 0 where unused.
-        panel: union: block rows per program; wgrad: blocks of one block row per program; scores: input features per
-            program; else 1.
-        ctas: programs of the persistent grid per multiprocessor; 0: one program per tile.
-    """
-
-    variant: str
-    bm: int
-    bk: int
-    panel: int
-    warps: int
-    stages: int
-    ctas: int = 0
-
-
-def precision(dtype: torch.dtype, kind: str = "linear") -> str:
-    """``Problem.dtype`` of a torch dtype; float32 is "tf32" where PyTorch's own switch says so.
-
-    Matrix products (``kind`` "linear") and convolutions ("conv2d") have switches of their own, and cuDNN's is on by
-    default.
-    """
-    if dtype != torch.float32:
-        return str(dtype).removeprefix("torch.")
-    cudnn: Any = torch.backends.cudnn
-    old: Any = cudnn if kind == "conv2d" else torch.backends.cuda.matmul
-    switch = getattr(cudnn, "conv", None) if kind == "conv2d" else old
-    # Since torch 2.9 reading allow_tf32 raises once the newer setting was used.
-    wish = getattr(switch, "fp32_precision", None)
-    return "tf32" if (wish == "tf32" if wish is not None else old.allow_tf32) else "float32"
 
 
 def layer_problem(
@@ -235,72 +213,3 @@ def layer_problem(
     op = step if step == "block_scores" else f"linear_{step}"
     out_features, in_features = grid.weight_shape
     return Problem(op, precision(dtype), grid.block, math.prod(x_shape[:-1]), out_features, in_features, capacity)
-
-
-def score_outputs(block: tuple[int, int]) -> int:
-    """Output features of one "scores" program: a multiple of bo near :data:`SCORE_OUTPUTS`."""
-    return max(SCORE_OUTPUTS // block[0], 1) * block[0]
-
-
-def stage_elements(problem: Problem, tile: Tile) -> int:
-    """Elements of both operands that one stage brings in."""
-    bo, bi = problem.block
-    n, _ = problem.edges
-    if tile.variant == "panel":
-        return tile.bm * (tile.panel * bi + bo)
-    if tile.variant == "scores":
-        return tile.bm * (tile.panel + score_outputs(problem.block))
-    return tile.bk * (tile.bm + n * tile.panel)
-
-
-def accumulators(problem: Problem, tile: Tile) -> int:
-    """fp32 accumulators of one program."""
-    bo, bi = problem.block
-    if tile.variant == "panel":
-        return tile.panel * bi * bo
-    if tile.variant == "scores":
-        return tile.panel * score_outputs(problem.block)
-    return tile.bm * problem.edges[0] * tile.panel
-
-
-def warpgroups(arch: int) -> bool:
-    """Whether this architecture multiplies by warpgroup (wgmma, tcgen05), operands read from shared memory."""
-    return 90 <= arch < 120
-
-
-def rows(problem: Problem, tile: Tile) -> int:
-    """Extent of the accumulator along the instruction's M side; warpgroups need 64."""
-    if tile.variant == "panel":
-        return tile.panel * problem.block[1]
-    return tile.panel if tile.variant == "scores" else tile.bm
-
-
-def buffers(problem: Problem, tile: Tile, arch: int | None = None) -> int:
-    """Stages that lie in shared memory at a time; without ``arch`` an upper bound.
-
-    As Triton 3.9 compiles the kernels: "union" reads its index inside the loop and spends every second stage on that;
-    ``mma.sync``, which takes operands through registers (sm_80, and fewer than 64 rows elsewhere), keeps one less, but
-    not where a stage is a single instruction deep.
-    """
-    count = (tile.stages + 1) // 2 if tile.variant == "union" else tile.stages
-    plain = arch is not None and problem.dtype != "float32" and not (warpgroups(arch) and rows(problem, tile) >= 64)
-    if plain and not (tile.variant == "union" and tile.bk * problem.itemsize == 32):
-        count -= 1
-    return max(count, 1)
-
-
-def shared_bytes(problem: Problem, tile: Tile, arch: int | None = None) -> int:
-    """Shared memory of one program: the buffered stages of both operands, and for "tma" the box its outputs leave by.
-
-    Without ``arch`` an upper bound.
-    """
-    box = tile.bm * problem.edges[0] if tile.variant == "tma" else 0
-    held = (buffers(problem, tile, arch) * stage_elements(problem, tile) + box) * problem.itemsize
-    # At the end plain fp32 accumulators of a weight gradient are turned into rows of blocks there.
-    turned = 4 * accumulators(problem, tile) if (tile.variant, problem.dtype) == ("panel", "float32") else 0
-    return max(held, turned)
-
-
-def accumulator_registers(problem: Problem, tile: Tile) -> float:
-    """32-bit accumulator registers of one thread."""
-    return accumulators(problem, tile) / (32 * tile.warps)

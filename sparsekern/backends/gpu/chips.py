@@ -1,6 +1,6 @@
 """Facts per GPU, each with where it comes from: the shipped ``tables/gpus.json``, overridden by what was measured here.
 
-:func:`remember` keeps measured figures in the user's cache, beside the tuned tiles of the same GPU.
+:func:`remember` keeps measured figures in the user's cache, beside the tuned kernels of the same GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ NUMBERS = (
     "program_latency",
     "stage_latency",
     "conv_share",
+    "mma_sync",
+    "shared_bytes_per_clock",
+    "step_instructions",
+    "step_latency",
 )
 BY_DTYPE = ("dense_flops", "kernel_rate")
 VERSION = 1
@@ -56,6 +60,11 @@ class Chip:
         program_latency: prologue and epilogue of one program that nothing hides.
         stage_latency: from asking for a stage to having it.
         conv_share: share of ``dense_flops`` that cuDNN sustains in dense convolutions.
+        mma_sync: share of ``dense_flops`` that kernels of ``mma.sync`` reach; cuBLAS uses wgmma on sm_90 and tcgen05 on
+            sm_100, at a multiple of the rate.
+        shared_bytes_per_clock: of one multiprocessor.
+        step_instructions: a CUDA kernel's besides loads and multiplies, per step of one multiply instruction's depth.
+        step_latency: of such a step that waits for the one before.
         dense_flops: what cuBLAS sustains, by dtype.
         kernel_rate: share of ``dense_flops`` that the sparse kernels reach with all operands at hand, by dtype.
         sources: (figure, "datasheet" | "measured" | "assumed").
@@ -77,6 +86,10 @@ class Chip:
     program_latency: float
     stage_latency: float
     conv_share: float
+    mma_sync: float
+    shared_bytes_per_clock: int
+    step_instructions: int
+    step_latency: float
     dense_flops: ByDtype
     kernel_rate: ByDtype
     sources: tuple[tuple[str, str], ...]
@@ -117,8 +130,8 @@ def shared_limit(arch: int) -> int:
 
 
 def cache_file(name: str) -> Path:
-    """The user's cache of one GPU: measured figures and tuned tiles."""
-    return user_cache.folder() / f"triton-{name}.json"
+    """The user's cache of one GPU: measured figures and tuned kernels."""
+    return user_cache.folder() / f"kernels-{name}.json"
 
 
 def read_cache(name: str) -> dict[str, Any]:
