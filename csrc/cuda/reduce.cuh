@@ -45,11 +45,11 @@ public:
         mask_ = args.element_mask ? args.element_mask + (int64_t{slot} << (args.log2_block - 5)) : nullptr;
     }
 
-    // Bit i of the result: element + i, for at least 4 elements of one row; element is a multiple of 2.
+    // Bit i of the result: element + i. Right for the rest of the element's row, up to the next multiple of 32.
     SK_DEVICE uint32_t bits(int element) const {
         const int o = element >> log2_bi_, i = element & ((1 << log2_bi_) - 1);
         const int left = o < out_ ? in_ - i : 0;
-        const uint32_t inside = left >= 4 ? 15u : left > 0 ? (1u << left) - 1 : 0u;
+        const uint32_t inside = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
         return mask_ ? inside & load_global(mask_ + element / 32) >> element % 32 : inside;
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "wgrad.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -35,8 +36,8 @@ void check_plan(const Problem &a, const WgradPlan &plan) {
     for (const int side : sides) expect(side >= 1, "sides of the pixel tile", "of at least 1", side, "use 1");
     const int64_t pixels = int64_t{plan.tile_images} * plan.tile_h * plan.tile_w;
     expect(pixels % 16 == 0, "a pixel tile", "of a multiple of 16 pixels", pixels, "take more images or a wider tile");
-    expect(int64_t{plan.rows} * a.bo * element_bytes(a.dtype) <= 512 * plan.warps, "plan.rows * bo",
-           "of at most " + std::to_string(512 * plan.warps / element_bytes(a.dtype)), int64_t{plan.rows} * a.bo,
+    expect(int64_t{plan.rows} * a.bo <= 128 * plan.warps, "plan.rows * bo",
+           "of at most 128 * plan.warps = " + std::to_string(128 * plan.warps), int64_t{plan.rows} * a.bo,
            "use fewer rows or more warps");
     // What the kernel counts in 32 bits.
     expect(plan.tile_images * int64_t{a.h} * a.w < INT32_MAX && plan.tile_images * int64_t{a.p} * a.q < INT32_MAX,
@@ -105,13 +106,15 @@ WgradCut cut_wgrad(const Problem &a, const WgradPlan &plan) {
     cut.pieces = int(list);
     cut.counts = int(counts);
     cut.shared_bytes = int(reserve.used);
-    cut.bias_chunks = int(dy_bytes / 16);
-    cut.bias_parts = int(threads / cut.bias_chunks < pixels ? threads / cut.bias_chunks : pixels);
+    cut.bias_columns = plan.rows * a.bo / 4;
+    cut.bias_parts = int(std::min(threads / cut.bias_columns, pixels));
     cut.row_windows = int(ceil_div(a.rows(), plan.rows));
     cut.col_windows = int(ceil_div(a.cols(), plan.cols));
+    cut.tile_images = plan.tile_images;
     cut.tiles_h = int(ceil_div(a.p, plan.tile_h));
     cut.tiles_w = int(ceil_div(a.q, plan.tile_w));
     cut.tiles = ceil_div(a.n, plan.tile_images) * cut.tiles_h * cut.tiles_w;
+    expect(cut.tiles < INT32_MAX, "tiles of pixels", "below 2^31", cut.tiles, "use larger tiles");
     return cut;
 }
 

@@ -71,7 +71,7 @@ SK_DEVICE void write_x_rows(const WgradArgs &args) {
 template <class E>
 SK_DEVICE void copy_stage(const WgradArgs &args, const Window &window, Shared stage, const TilePlace &tile) {
     const WgradCut &cut = args.cut;
-    const int64_t n = tile.n * (cut.dy.rows / (cut.dy.height * cut.dy.width));
+    const int64_t n = int64_t{tile.n} * cut.tile_images;
     const int y = tile.y * cut.dy.height, x = tile.x * cut.dy.width;
     copy_tile<E>(stage, shared_memory() + cut.dy.places, cut.dy, args.dy, args.dy_aligned, n, y, x, window.out(args));
     copy_tile<E>(stage + cut.dy.rows * cut.dy.pitch, shared_memory() + cut.x.places, cut.x, args.x, args.x_aligned, n,
@@ -89,36 +89,35 @@ SK_DEVICE void wait_for_tile(int stages) {
     }
 }
 
-// Tiles [first, last) of this split.
+// All tiles of this split.
 template <class T>
 SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Window &window, const Share<T> &share,
-                                Accumulators<T> &sums, bool with_bias, BiasSums<typename T::E> &bias) {
+                                Accumulators<T> &sums, BiasSums<typename T::E> &bias) {
     using E = typename T::E;
     const WgradCut &cut = args.cut;
-    const int64_t first = cut.tiles * block_y() / args.splits, last = cut.tiles * (block_y() + 1) / args.splits;
-    const Shared ring = shared_memory();
-    const Shared end = ring + args.stages * cut.stage_bytes;
+    const int64_t first = cut.tiles * block_y() / args.splits;
+    const int tiles = static_cast<int>(cut.tiles * (block_y() + 1) / args.splits - first);
+    const Shared ring = shared_memory(), last_stage = ring + (args.stages - 1) * cut.stage_bytes;
     TilePlace place = tile_place(cut, first);
-    int64_t copied = first;
-    Shared free = ring;
-    const auto copy_next = [&] {
-        if (copied < last) {
-            copy_stage<E>(args, window, free, place);
-            next_tile(cut, place);
-            free = free + cut.stage_bytes == end ? ring : free + cut.stage_bytes;
-        }
-        ++copied;
-        cp_async_commit();
+    const auto copy_next = [&](Shared stage) {
+        copy_stage<E>(args, window, stage, place);
+        next_tile(cut, place);
     };
-    for (int i = 1; i < args.stages; ++i) copy_next();
-    Shared full = ring;
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int i = 0; i < args.stages - 1; ++i) {
+        if (i < tiles) copy_next(ring + i * cut.stage_bytes);
+        cp_async_commit();
+    }
+    Shared stage = ring;
+    const int dy_bytes = cut.dy.rows * cut.dy.pitch;
+    for (int left = tiles; left > 0; --left) {
         wait_for_tile(args.stages);
+        round_tile<E>(stage + dy_bytes, cut.x, window.cols * args.bi());
         barrier();  // all threads' copies of this tile have arrived, and all have read the one before
-        copy_next();
-        multiply_share<T>(cut, full, full + cut.dy.rows * cut.dy.pitch, share, sums);
-        if (with_bias) bias.add(cut, full);
-        full = full + cut.stage_bytes == end ? ring : full + cut.stage_bytes;
+        if (left >= args.stages) copy_next(stage == ring ? last_stage : stage - cut.stage_bytes);
+        cp_async_commit();
+        multiply_share<T>(cut, stage, stage + dy_bytes, share, sums);
+        bias.add(cut, stage);
+        stage = stage == last_stage ? ring : stage + cut.stage_bytes;
     }
     cp_async_wait<0>();
     barrier();
@@ -127,31 +126,35 @@ SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Window &window, con
 // -- storing
 // ----------------------------------------------------------------------------------------------------------------------
 
+// One row of a piece: the lane's results of all n-tiles. `element` is the row's first, within the block.
+template <class T>
+SK_DEVICE void store_row(const WgradArgs &args, int64_t block, int element, uint32_t bits, int half,
+                         const float (&sums)[T::n_tiles][4]) {
+    const GradientArgs &to = args.gradient;
+    SK_UNROLL
+    for (int n = 0; n < T::n_tiles; ++n) {
+        const int i = 8 * n + lane_id() % 4 * 2;
+        const float low = sums[n][2 * half], high = sums[n][2 * half + 1];
+        if (args.partial) {
+            const int64_t split = (block_y() * to.capacity) << to.log2_block;
+            store_global(reinterpret_cast<Floats2 *>(args.partial + (split + block + element + i)), Floats2{low, high});
+        } else {
+            store_pair<typename T::E>(to.dvalues, block + element + i, kept(low, bits, i), kept(high, bits, i + 1));
+        }
+    }
+}
+
 template <class T>
 SK_DEVICE void store_piece_sums(const WgradArgs &args, const Piece &piece,
                                 const float (&sums)[T::m_tiles][T::n_tiles][4]) {
-    using Operands = WgradOperands<T>;
-    const GradientArgs &to = args.gradient;
-    const Learning learning(to, piece.slot);
-    const int64_t block = int64_t{piece.slot} << to.log2_block;
-    float *const partial =
-        args.partial ? args.partial + ((int64_t{block_y()} * to.capacity) << to.log2_block) + block : nullptr;
+    const Learning learning(args.gradient, piece.slot);
+    const int64_t block = int64_t{piece.slot} << args.gradient.log2_block;
     SK_UNROLL
     for (int m = 0; m < T::m_tiles; ++m) {
         SK_UNROLL
         for (int half = 0; half < 2; ++half) {
-            SK_UNROLL
-            for (int pair = 0; pair < T::n_tiles; ++pair) {
-                const int element =
-                    ((piece.o + Operands::row(m, half)) << to.log2_bi) + piece.i + Operands::column(pair);
-                const Floats2 sum = Operands::pair_of(sums[m], half, pair);
-                if (partial) {
-                    store_global(reinterpret_cast<Floats2 *>(partial + element), sum);
-                } else {
-                    const uint32_t bits = learning.bits(element);
-                    store_pair<typename T::E>(to.dvalues, block + element, kept(sum.x, bits, 0), kept(sum.y, bits, 1));
-                }
-            }
+            const int element = ((piece.o + WgradOperands<T>::row(m, half)) << args.gradient.log2_bi) + piece.i;
+            store_row<T>(args, block, element, learning.bits(element), half, sums[m]);
         }
     }
 }
@@ -188,23 +191,23 @@ template <class T> SK_KERNEL(WGRAD_THREADS, 1) wgrad_kernel(SK_ARGS(WgradArgs) a
     write_x_rows(args);
     count_blocks(args, window);
     barrier();
-    const int pieces = blocks_before(args, window.rows) * (args.bo() / T::o) * (args.bi() / T::i);
     const int held = T::pieces * (thread_count() / 32);
-    const int passes = (pieces + held - 1) / held;
-    const int per_pass = passes ? (pieces + passes - 1) / passes : 0;
-    BiasSums<E> bias(args, window);
-    for (int pass = 0; pass < passes || (pass == 0 && window.bias); ++pass) {
-        const int first = pass * per_pass, last = smaller(first + per_pass, pieces);
-        list_pieces<T>(args, window, first, last);
+    int first = 0;
+    do {
+        const int left = pieces_of<T>(args, window) - first;  // counted again, which costs less than a register
+        const int passes = (left + held - 1) / held, size = left ? (left + passes - 1) / passes : 0;
+        list_pieces<T>(args, window, first, first + size);
         barrier();
-        const Share<T> share(args, last - first);
+        const Share<T> share(args, size);
         Accumulators<T> sums{};
-        const bool with_bias = window.bias && pass == 0;
-        pass_over_pixels<T>(args, window, share, sums, with_bias, bias);
+        const bool with_bias = window.bias && first == 0;
+        BiasSums<E> bias(args, window, with_bias);
+        if (left || with_bias) pass_over_pixels<T>(args, window, share, sums, bias);
         store_share<T>(args, share, sums);
         if (with_bias) bias.store(args, window);
         barrier();  // list and ring are free
-    }
+        first += size;
+    } while (first < pieces_of<T>(args, window));
     if (!args.partial) clear_spare_slots<E>(args);
 }
 

@@ -8,8 +8,7 @@
 // plan.stages tiles. A warp holds 2048 accumulators: 8 pieces of 16 x 16, 4 of 16 x 32 or 32 x 16, or 2 of 32 x 32 (a
 // wider block is several pieces). Where the window stores more than the plan.warps warps hold, the pixels pass again.
 //
-// Allowed: rows, cols, splits from 1; warps 1 to 16; stages 2 to 4; rows * bo * (bytes of an element) at most
-// 512 * warps.
+// Allowed: rows, cols, splits from 1; warps 1 to 16; stages 2 to 4; rows * bo at most 128 * warps.
 #pragma once
 
 #include "problem.h"

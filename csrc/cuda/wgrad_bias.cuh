@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// dbias from the tiles of dy that wgrad has in shared memory anyway. A thread adds up 16 bytes of channels over every
+// dbias from the tiles of dy that wgrad has in shared memory anyway. A thread adds up 4 channels over every
 // bias_parts-th pixel, in fp32 and in the order of pixels; parts are added in order at the end.
 #pragma once
 
@@ -10,12 +10,12 @@ namespace cuda {
 
 template <class E> class BiasSums {
 public:
-    SK_DEVICE explicit BiasSums(const WgradArgs &args, const Window &window) : first_(-1) {
+    SK_DEVICE explicit BiasSums(const WgradArgs &args, const Window &window, bool wanted) : first_(-1) {
         SK_UNROLL
         for (int i = 0; i < chunk; ++i) sums_[i] = 0;
-        const int part = thread_id() / args.cut.bias_chunks, column = thread_id() % args.cut.bias_chunks;
-        if (window.bias && part < args.cut.bias_parts && column * chunk < window.rows * args.bo()) {
-            first_ = part * args.cut.dy.pitch + column * 16;
+        const int part = thread_id() / args.cut.bias_columns, column = thread_id() % args.cut.bias_columns;
+        if (wanted && part < args.cut.bias_parts && column * chunk < window.rows * args.bo()) {
+            first_ = part * args.cut.dy.pitch + column * chunk * E::bytes;
         }
     }
 
@@ -23,16 +23,21 @@ public:
         if (first_ < 0) return;
         const int end = cut.dy.rows * cut.dy.pitch;
         for (int at = first_; at < end; at += cut.bias_parts * cut.dy.pitch) {
-            const Words4 words = load_shared<Words4>(dy + at);
-            add_word(0, words.x), add_word(1, words.y), add_word(2, words.z), add_word(3, words.w);
+            if constexpr (E::bytes == 2) {
+                const Words2 pairs = load_shared<Words2>(dy + at);
+                add_pair(0, pairs.x), add_pair(2, pairs.y);
+            } else {
+                const Floats4 four = load_shared<Floats4>(dy + at);
+                sums_[0] += four.x, sums_[1] += four.y, sums_[2] += four.z, sums_[3] += four.w;
+            }
         }
     }
 
     // The ring is free now: the tiles of two stages hold the parts in any case.
     SK_DEVICE void store(const WgradArgs &args, const Window &window) const {
-        const int width = args.cut.bias_chunks * chunk, part = thread_id() / args.cut.bias_chunks;
+        const int width = args.cut.bias_columns * chunk, part = thread_id() / args.cut.bias_columns;
         if (first_ >= 0) {
-            const int column = thread_id() % args.cut.bias_chunks * chunk;
+            const int column = thread_id() % args.cut.bias_columns * chunk;
             SK_UNROLL
             for (int i = 0; i < chunk; ++i) store_shared(shared_memory() + (part * width + column + i) * 4, sums_[i]);
         }
@@ -53,19 +58,15 @@ public:
     }
 
 private:
-    static constexpr int chunk = 16 / E::bytes;
+    static constexpr int chunk = 4;
 
-    SK_DEVICE void add_word(int i, uint32_t word) {
-        if constexpr (E::bytes == 2) {
-            sums_[2 * i] += widen<E>(static_cast<uint16_t>(word));
-            sums_[2 * i + 1] += widen<E>(static_cast<uint16_t>(word >> 16));
-        } else {
-            sums_[i] += widen<E>(word);
-        }
+    SK_DEVICE void add_pair(int i, uint32_t pair) {
+        sums_[i] += widen<E>(static_cast<typename E::Storage>(pair));
+        sums_[i + 1] += widen<E>(static_cast<typename E::Storage>(pair >> 16));
     }
 
     float sums_[chunk];
-    int first_;  // where the thread's bytes lie in a tile of dy; -1: it has none
+    int first_;  // where the thread's first channel lies in a tile of dy; -1: it has none
 };
 
 }  // namespace cuda

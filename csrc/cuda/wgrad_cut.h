@@ -30,11 +30,11 @@ struct WgradCut {
     int x_rows;          // where the table starts that gives each output pixel its row in the tile of x
     int pieces, counts;  // where the work list and the rows' numbers of blocks start
     int shared_bytes;    // of all
-    int bias_chunks;     // 16-byte columns of a dy tile
+    int bias_columns;    // of 4 channels in a tile of dy
     int bias_parts;      // threads that share such a column, each with its own pixels
     int row_windows, col_windows;
     int64_t tiles;  // of pixels
-    int tiles_h, tiles_w;
+    int tile_images, tiles_h, tiles_w;
 };
 
 // Throws std::invalid_argument for a plan that the kernel can't run.

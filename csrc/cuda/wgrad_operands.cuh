@@ -51,17 +51,13 @@ template <class T> struct WgradOperands<T, 2> {
             b[n][0] = words[0], b[n][1] = words[1], b[n + 1][0] = words[2], b[n + 1][1] = words[3];
         }
     }
-    // The lane's elements of half `half` of m-tile `m`: in row(), from columns column(pair) on, two each.
+    // o of the lane's results c[m][n][2 * half] and [2 * half + 1]; their i is 8 * n + lane % 4 * 2 and the next.
     SK_DEVICE static int row(int m, int half) { return 16 * m + 8 * half + lane_id() / 4; }
-    SK_DEVICE static int column(int pair) { return 8 * pair + lane_id() % 4 * 2; }
-    SK_DEVICE static Floats2 pair_of(const float (&c)[T::n_tiles][4], int half, int pair) {
-        return {c[pair][2 * half], c[pair][2 * half + 1]};
-    }
 };
 
-// tf32: each lane reads 2 or 4 neighbouring channels of two neighbouring pixels in one piece. Which element an index of
-// the instruction means is free, as long as both operands and the result agree: k = 2 * (lane % 4) + {0, 1} pixels, and
-// lane / 4 counts the neighbours.
+// tf32: plain loads. Which element an index of the instruction means is free, as long as both operands and the result
+// agree: k counts pixels 2 * (lane % 4) + {0, 1}, so that 16-byte steps between them meet no bank conflict, and m
+// counts o so that one load brings two operands. x has been rounded (round_tile).
 template <class T> struct WgradOperands<T, 4> {
     using DyRows = Shared;
     struct XRows {
@@ -70,50 +66,33 @@ template <class T> struct WgradOperands<T, 4> {
 
     SK_DEVICE static DyRows dy_rows(Shared tile, int pitch) {
         const int lane = lane_id();
-        return tile + lane % 4 * 2 * pitch + lane / 4 * (T::o / 8 * 4);
+        return tile + lane % 4 * 2 * pitch + lane / 4 * 8;
     }
     SK_DEVICE static XRows x_rows(Shared tile, Shared table, int pixel) {
         const int lane = lane_id();
         const Words2 rows = load_shared<Words2>(table + (pixel + lane % 4 * 2) * 4);
-        const Shared channels = tile + lane / 4 * (T::i / 8 * 4);
-        return {channels + rows.x, channels + rows.y};
+        const Shared channel = tile + lane / 4 * 4;
+        return {{channel + rows.x, channel + rows.y}};
     }
     SK_DEVICE static void load_dy(bool wanted, uint32_t (&a)[T::m_tiles][4], DyRows rows, int pitch) {
         if (!wanted) return;
         SK_UNROLL
-        for (int k = 0; k < 2; ++k) {
-            uint32_t words[T::o / 8];
-            load_words(words, rows + k * pitch);
+        for (int m = 0; m < T::m_tiles; ++m) {
             SK_UNROLL
-            for (int m = 0; m < T::m_tiles; ++m) a[m][2 * k] = words[2 * m], a[m][2 * k + 1] = words[2 * m + 1];
+            for (int k = 0; k < 2; ++k) {
+                const Words2 words = load_shared<Words2>(rows + k * pitch + m * 64);
+                a[m][2 * k] = round_operand<Tf32>(words.x), a[m][2 * k + 1] = round_operand<Tf32>(words.y);
+            }
         }
     }
     SK_DEVICE static void load_x(uint32_t (&b)[T::n_tiles][2], const XRows &rows, int offset) {
         SK_UNROLL
-        for (int k = 0; k < 2; ++k) {
-            uint32_t words[T::n_tiles];
-            load_words(words, rows.at[k] + offset);
+        for (int n = 0; n < T::n_tiles; ++n) {
             SK_UNROLL
-            for (int n = 0; n < T::n_tiles; ++n) b[n][k] = words[n];
+            for (int k = 0; k < 2; ++k) b[n][k] = load_shared<uint32_t>(rows.at[k] + offset + n * 32);
         }
     }
-    SK_DEVICE static int row(int m, int half) { return T::o / 8 * (lane_id() / 4) + 2 * m + half; }
-    SK_DEVICE static int column(int pair) { return T::i / 4 * (lane_id() % 4) + 2 * pair; }
-    SK_DEVICE static Floats2 pair_of(const float (&c)[T::n_tiles][4], int half, int pair) {
-        const int e = 2 * half + 2 * pair / T::n_tiles, n = 2 * pair % T::n_tiles;
-        return {c[n][e], c[n + 1][e]};
-    }
-
-private:
-    SK_DEVICE static void load_words(uint32_t (&to)[2], Shared at) {
-        const Words2 words = load_shared<Words2>(at);
-        to[0] = round_operand<Tf32>(words.x), to[1] = round_operand<Tf32>(words.y);
-    }
-    SK_DEVICE static void load_words(uint32_t (&to)[4], Shared at) {
-        const Words4 words = load_shared<Words4>(at);
-        to[0] = round_operand<Tf32>(words.x), to[1] = round_operand<Tf32>(words.y);
-        to[2] = round_operand<Tf32>(words.z), to[3] = round_operand<Tf32>(words.w);
-    }
+    SK_DEVICE static int row(int m, int half) { return 16 * m + lane_id() / 4 * 2 + half; }
 };
 
 }  // namespace cuda

@@ -60,6 +60,7 @@ SK_DEVICE int scan_row(const WgradArgs &args, const Window &window, int row, con
     const int32_t *const begin = args.gradient.row_ptr + window.group * args.gradient.rows + window.row + row;
     const int first = load_global(begin), last = load_global(begin + 1);
     int found = 0;
+    SK_NO_UNROLL
     for (int next = first; next < last; next += 32) {
         const int slot = next + lane_id();
         const int col = slot < last ? load_global(args.gradient.col + slot) : 0;
@@ -84,6 +85,7 @@ SK_DEVICE void count_blocks(const WgradArgs &args, const Window &window) {
 // Blocks of the window's first `rows` rows.
 SK_DEVICE int blocks_before(const WgradArgs &args, int rows) {
     int sum = 0;
+    SK_NO_UNROLL
     for (int row = 0; row < rows; ++row) sum += load_shared<int>(shared_memory() + args.cut.counts + row * 4);
     return sum;
 }
@@ -116,7 +118,9 @@ SK_DEVICE void list_row(const WgradArgs &args, const Window &window, int row, in
         const int tap_h = tap / args.filter_w, tap_w = tap - tap_h * args.filter_w;
         const int shift = tap_h * args.dilation_h * cut.x.width + tap_w * args.dilation_w;
         Piece piece{slot, 0, 0, 0, 0};
+        SK_NO_UNROLL
         for (int o = 0; o < down; ++o) {
+            SK_NO_UNROLL
             for (int i = 0; i < across; ++i) {
                 const int at = before + (o * count + rank) * across + i - first;
                 if (at < 0 || at >= last - first) continue;
@@ -129,8 +133,17 @@ SK_DEVICE void list_row(const WgradArgs &args, const Window &window, int row, in
     });
 }
 
+template <class T> SK_DEVICE int pieces_per_block(const WgradArgs &args) {
+    return args.bo() / T::o * (args.bi() / T::i);
+}
+
+template <class T> SK_DEVICE int pieces_of(const WgradArgs &args, const Window &window) {
+    return blocks_before(args, window.rows) * pieces_per_block<T>(args);
+}
+
+// Lists the window's pieces [first, last).
 template <class T> SK_DEVICE void list_pieces(const WgradArgs &args, const Window &window, int first, int last) {
-    const int per_block = args.bo() / T::o * (args.bi() / T::i);
+    const int per_block = pieces_per_block<T>(args);
     for (int row = warp_id(); row < window.rows; row += thread_count() / 32) {
         const int count = load_shared<int>(shared_memory() + args.cut.counts + row * 4);
         const int before = blocks_before(args, row) * per_block;

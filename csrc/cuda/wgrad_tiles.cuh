@@ -11,14 +11,13 @@ namespace cuda {
 
 // Tile `n`, `y`, `x` of the output, in tiles.
 struct TilePlace {
-    int64_t n;
-    int y, x;
+    int n, y, x;
 };
 
 SK_DEVICE TilePlace tile_place(const WgradCut &cut, int64_t tile) {
     TilePlace at;
     at.x = static_cast<int>(tile % cut.tiles_w), tile /= cut.tiles_w;
-    at.y = static_cast<int>(tile % cut.tiles_h), at.n = tile / cut.tiles_h;
+    at.y = static_cast<int>(tile % cut.tiles_h), at.n = static_cast<int>(tile / cut.tiles_h);
     return at;
 }
 
@@ -95,6 +94,23 @@ SK_DEVICE void copy_tile(Shared to, Shared table, const TileCut &tile, const Ima
             copy_pixel<E>(to + row * tile.pitch, from, data, inside, channels, lane, lanes);
         } else {
             gather_pixel<E>(to + row * tile.pitch, from, inside, channels, lane, lanes);
+        }
+    }
+}
+
+// Rounds what this thread has copied for mma, once it has arrived; 16-bit operands are what they must be. Only for x,
+// which every block row of the window reads, because a number of tf32 takes about 3 instructions. dy is rounded as it
+// is read, about once: pieces share it, and dbias wants all its digits.
+template <class E> SK_DEVICE void round_tile(Shared tile_at, const TileCut &tile, int padded) {
+    if constexpr (E::bytes == 4) {
+        const int lanes = 1 << tile.log2_lanes, lane = thread_id() & (lanes - 1);
+        for (int row = thread_id() >> tile.log2_lanes; row < tile.rows; row += thread_count() >> tile.log2_lanes) {
+            for (int at = lane * 16; at < padded * E::bytes; at += lanes * 16) {
+                const Shared chunk = tile_at + row * tile.pitch + at;
+                const Words4 words = load_shared<Words4>(chunk);
+                store_shared(chunk, Words4{round_operand<E>(words.x), round_operand<E>(words.y),
+                                           round_operand<E>(words.z), round_operand<E>(words.w)});
+            }
         }
     }
 }
