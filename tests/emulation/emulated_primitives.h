@@ -21,6 +21,33 @@
         site_file, site_line                                                                                           \
     }
 
+namespace sktest {
+namespace emulation {
+
+template <class T> constexpr bool is_word() {
+    return (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16) &&
+           std::is_trivially_copyable<T>::value;
+}
+
+template <class T> struct Exchange {
+    T value, received;
+    int from;
+};
+template <class T> T exchange(Collective kind, T value, int from, Site site) {
+    static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
+                  "a shuffle is of a number of 4 or 8 bytes");
+    Exchange<T> own{value, T(), from & 31};
+    machine.collective(kind, site, &own, [](Machine &, int, Operands &lanes, Site) {
+        for (void *lane : lanes) {
+            Exchange<T> &to = *static_cast<Exchange<T> *>(lane);
+            to.received = static_cast<Exchange<T> *>(lanes[to.from])->value;
+        }
+    });
+    return own.received;
+}
+}  // namespace emulation
+}  // namespace sktest
+
 namespace sparsekern {
 namespace cuda {
 
@@ -65,14 +92,9 @@ SK_DEVICE Shared shared_memory() {
     return emulation::SharedMemory::base;
 }
 
-template <class T> constexpr bool is_word() {
-    return (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16) &&
-           std::is_trivially_copyable<T>::value;
-}
-
 // Out of bounds: a NaN pattern is read, nothing is written.
 template <class T> SK_DEVICE T load_shared(Shared address, SKTEST_SITE) {
-    static_assert(is_word<T>(), "a load is of 2, 4, 8 or 16 bytes");
+    static_assert(emulation::is_word<T>(), "a load is of 2, 4, 8 or 16 bytes");
     emulation::Machine &on = emulation::machine;
     T value;
     std::memset(static_cast<void *>(&value), 0xff, sizeof(T));
@@ -84,7 +106,7 @@ template <class T> SK_DEVICE T load_shared(Shared address, SKTEST_SITE) {
     return value;
 }
 template <class T> SK_DEVICE void store_shared(Shared address, const T &value, SKTEST_SITE) {
-    static_assert(is_word<T>(), "a store is of 2, 4, 8 or 16 bytes");
+    static_assert(emulation::is_word<T>(), "a store is of 2, 4, 8 or 16 bytes");
     emulation::Machine &on = emulation::machine;
     unsigned char *to = on.memory.at(address, sizeof(T), on.thread(), emulation::Access::store, SKTEST_HERE);
     if (to == nullptr) return;
@@ -94,7 +116,7 @@ template <class T> SK_DEVICE void store_shared(Shared address, const T &value, S
 }
 
 template <class T> SK_DEVICE T load_global(const T *address, SKTEST_SITE) {
-    static_assert(is_word<T>(), "a load is of 2, 4, 8 or 16 bytes");
+    static_assert(emulation::is_word<T>(), "a load is of 2, 4, 8 or 16 bytes");
     emulation::Machine &on = emulation::machine;
     T value;
     std::memset(static_cast<void *>(&value), 0xff, sizeof(T));
@@ -104,7 +126,7 @@ template <class T> SK_DEVICE T load_global(const T *address, SKTEST_SITE) {
     return *address;
 }
 template <class T> SK_DEVICE void store_global(T *address, const T &value, SKTEST_SITE) {
-    static_assert(is_word<T>(), "a store is of 2, 4, 8 or 16 bytes");
+    static_assert(emulation::is_word<T>(), "a store is of 2, 4, 8 or 16 bytes");
     emulation::Machine &on = emulation::machine;
     const uintptr_t at = reinterpret_cast<uintptr_t>(address);
     if (!on.global.aligned(at, sizeof(T), "store_global", on.memory, on.thread(), SKTEST_HERE)) return;
@@ -142,28 +164,11 @@ SK_DEVICE uint32_t ballot(bool vote, SKTEST_SITE) {
     return exchanged;
 }
 
-template <class T> struct Exchange {
-    T value, received;
-    int from;
-};
-template <class T> T exchange(emulation::Collective kind, T value, int from, emulation::Site site) {
-    static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8),
-                  "a shuffle is of a number of 4 or 8 bytes");
-    Exchange<T> own{value, T(), from & 31};
-    emulation::machine.collective(kind, site, &own,
-                                  [](emulation::Machine &, int, emulation::Operands &lanes, emulation::Site) {
-                                      for (void *lane : lanes) {
-                                          Exchange<T> &to = *static_cast<Exchange<T> *>(lane);
-                                          to.received = static_cast<Exchange<T> *>(lanes[to.from])->value;
-                                      }
-                                  });
-    return own.received;
-}
 template <class T> SK_DEVICE T shuffle(T value, int lane, SKTEST_SITE) {
-    return exchange(emulation::Collective::shuffle, value, lane, SKTEST_HERE);
+    return emulation::exchange(emulation::Collective::shuffle, value, lane, SKTEST_HERE);
 }
 template <class T> SK_DEVICE T shuffle_xor(T value, int mask, SKTEST_SITE) {
-    return exchange(emulation::Collective::shuffle_xor, value, lane_id() ^ mask, SKTEST_HERE);
+    return emulation::exchange(emulation::Collective::shuffle_xor, value, lane_id() ^ mask, SKTEST_HERE);
 }
 SK_DEVICE int bit_count(uint32_t mask) {
     return __builtin_popcount(mask);

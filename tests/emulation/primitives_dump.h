@@ -88,6 +88,19 @@ template <bool transposed> SK_KERNEL(32, 1) load_matrix(SK_ARGS(Args) args) {
     for (int i = 0; i < 4; ++i) store_global(args.out + lane * 4 + i, to[i]);
 }
 
+// As load_matrix<true>, once not wanted and once wanted; 8 words per lane.
+static SK_KERNEL(32, 1) load_matrix_if(SK_ARGS(Args) args) {
+    const int lane = lane_id();
+    for (int i = 0; i < 4; ++i) store_shared(shared_memory() + lane * 48 + i * 4, load_global(args.in + lane * 4 + i));
+    warp_barrier();
+    const Shared row = shared_memory() + (lane * 5 + 3) % 32 * 48;
+    for (int wanted = 0; wanted < 2; ++wanted) {
+        uint32_t to[4] = {1, 2, 3, 4};
+        ldmatrix_x4_trans_if(ballot(lane == 0) == static_cast<uint32_t>(wanted), to, row);
+        for (int i = 0; i < 4; ++i) store_global(args.out + lane * 8 + wanted * 4 + i, to[i]);
+    }
+}
+
 // in: per lane 4 words of a, 2 of b, 4 of c; out: per lane 4 of c.
 template <class E> SK_KERNEL(32, 1) multiply(SK_ARGS(Args) args) {
     uint32_t in[10];
@@ -258,6 +271,7 @@ inline std::string json(const std::string &source, const std::string &note) {
     for (uint32_t i = 0; i < 128; ++i) rows.push_back((i * 2 + 1) << 16 | i * 2);
     print_list(text, "words_ldmatrix_x4", run(load_matrix<false>, rows, 128));
     print_list(text, "words_ldmatrix_x4_trans", run(load_matrix<true>, rows, 128));
+    print_list(text, "words_ldmatrix_x4_trans_if", run(load_matrix_if, rows, 256));
 
     print_list(text, "float_mma_bf16", run(multiply<Bf16>, operands(true, 1, small_bf16), 128));
     print_list(text, "float_mma_fp16", run(multiply<Fp16>, operands(true, 2, small_fp16), 128));

@@ -94,9 +94,17 @@ template <bool transposed> SK_KERNEL(32, 1) matrix_kernel(SK_ARGS(MatrixArgs) ar
     }
     warp_barrier();
     const Shared row = shared_memory() + static_cast<Shared>(args.order[lane] * args.pitch);
-    uint32_t to[4];
+    uint32_t to[4], by_condition[4] = {1, 2, 3, 4};
     if (transposed) {
         ldmatrix_x4_trans(to, row);
+        ldmatrix_x4_trans_if(false, by_condition, row);
+        for (uint32_t i = 0; i < 4; ++i) {
+            if (by_condition[i] != i + 1) emulation::report("by condition", "registers changed");
+        }
+        ldmatrix_x4_trans_if(true, by_condition, row);
+        for (int i = 0; i < 4; ++i) {
+            if (by_condition[i] != to[i]) emulation::report("by condition", "other registers");
+        }
     } else {
         ldmatrix_x4(to, row);
     }
@@ -330,6 +338,7 @@ SK_KERNEL(64, 1) exchange_kernel(SK_ARGS(ExchangeArgs) args) {
         wrong += shuffle(int64_t{lane} << 40, from) != int64_t{from} << 40;
         wrong += shuffle_xor(static_cast<double>(lane) / 3, 1 << round) != static_cast<double>(lane ^ (1 << round)) / 3;
         wrong += shuffle_xor(lane, 31) != 31 - lane;
+        barrier();
         const uint32_t mask = ballot((lane + round) % 5 == 0);
         for (int l = 0; l < 32; ++l) wrong += (mask >> l & 1) != ((l + round) % 5 == 0 ? 1u : 0u);
         wrong += first_bit(mask) != (5 - round) % 5 || bit_count(mask) != (round == 0 || round >= 4 ? 7
@@ -678,6 +687,13 @@ SK_KERNEL(64, 1) barrier_and_vote(SK_ARGS(FaultArgs) args) {
         barrier();
     }
 }
+SK_KERNEL(64, 1) vote_after_barrier(SK_ARGS(FaultArgs) args) {
+    if (args.fault && (lane_id() == 0 || lane_id() == 31)) {
+        ballot(true);
+    } else if (args.fault) {
+        barrier();
+    }
+}
 SK_KERNEL(64, 1) returned_warp(SK_ARGS(FaultArgs) args) {
     if (args.fault && warp_id() == 1) return;
     barrier();
@@ -693,6 +709,9 @@ SK_KERNEL(64, 1) loops_of_two_lengths(SK_ARGS(FaultArgs) args) {
 
 SK_KERNEL(32, 1) load_past_end(SK_ARGS(FaultArgs) args) {
     load_shared<uint32_t>(shared_memory() + (args.fault ? 4096u : 4092u));
+}
+SK_KERNEL(32, 1) load_across_end(SK_ARGS(FaultArgs) args) {
+    load_shared<Words4>(shared_memory() + (args.fault ? 4096u : 4080u));
 }
 SK_KERNEL(32, 1) load_before_start(SK_ARGS(FaultArgs) args) {
     load_shared<uint32_t>(args.fault ? 0u : shared_memory());
@@ -776,6 +795,7 @@ struct Fault {
     void (*kernel)(FaultArgs);
     int threads;
     const char *expected;  // part of the problem
+    int shared_bytes = 4096;
 };
 
 const std::vector<Fault> &faults() {
@@ -801,10 +821,12 @@ const std::vector<Fault> &faults() {
         {"two places", two_places, 32, "divergent collective"},
         {"two barriers", two_barriers, 64, "divergent collective"},
         {"barrier and vote", barrier_and_vote, 64, "divergent collective"},
+        {"vote after barrier", vote_after_barrier, 64, "at ballot"},
         {"returned warp", returned_warp, 64, "has returned"},
         {"returned lane", returned_lane, 64, "thread 37 has returned"},
         {"loops of two lengths", loops_of_two_lengths, 64, "has returned"},
         {"load past the end", load_past_end, 32, "(byte 4096): expected within the block's 4096 bytes"},
+        {"load across the end", load_across_end, 32, "expected within the block's 4104 bytes", 4104},
         {"load before the start", load_before_start, 32, "at address 0 (byte -1024)"},
         {"store past the end", store_past_end, 32, "expected within"},
         {"copy past the end", copy_past_end, 32, "cp_async_16 of 16 bytes by thread 0"},
@@ -832,14 +854,14 @@ void test_faults(Tally &tally) {
     for (const Fault &fault : faults()) {
         each_setting([&](const std::string &setting) {
             const std::string test = std::string("fault: ") + fault.name;
-            start(fault.kernel, fault.threads, 4096, FaultArgs{false, global}, {2, 1, 1});
+            start(fault.kernel, fault.threads, fault.shared_bytes, FaultArgs{false, global}, {2, 1, 1});
             tally.report(problems().empty(), test, setting + ": reported where nothing is wrong" + all_problems());
             emulation::reset();
-            start(fault.kernel, fault.threads, 4096, FaultArgs{true, global}, {2, 1, 1});
+            start(fault.kernel, fault.threads, fault.shared_bytes, FaultArgs{true, global}, {2, 1, 1});
             tally.report(any_contains(fault.expected), test, setting + ": not reported" + all_problems());
             // And the next launch is not the worse for it.
             emulation::reset();
-            start(fault.kernel, fault.threads, 4096, FaultArgs{false, global}, {2, 1, 1});
+            start(fault.kernel, fault.threads, fault.shared_bytes, FaultArgs{false, global}, {2, 1, 1});
             tally.report(problems().empty(), test, setting + ": reported in the launch after it" + all_problems());
         });
     }
