@@ -51,8 +51,10 @@ public:
         if (bytes_ > 0) std::memset(data_.get(), 0xff, bytes_);
         order_block();
         block_start_ = block_epoch_;
-        // After a block that failed.
-        for (size_t i = 0; i < (bytes_ + 15) / 16; ++i) granules_[i].in_flight = 0;
+        for (size_t i = 0; i < (bytes_ + 15) / 16; ++i) {
+            granules_[i].in_flight = 0;  // of a block that failed
+            granules_[i].split = false;
+        }
     }
     uint32_t size() const { return bytes_; }
 

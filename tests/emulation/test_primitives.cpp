@@ -383,6 +383,19 @@ void test_launch(Tally &tally) {
                      "places", setting + ": blocks in another order");
     });
 
+    std::vector<int> orders[3];
+    for (const uint64_t seed : {1, 2, 2}) {
+        std::vector<int> &order = orders[orders[0].empty() ? 0 : orders[1].empty() ? 1 : 2];
+        std::vector<int> visits(24 * 64);
+        order.resize(24);
+        int next = 0;
+        options().schedule = emulation::Schedule::random;
+        options().seed = seed;
+        start(place_kernel, 64, 0, PlaceArgs{visits.data(), order.data(), &next}, {4, 3, 2});
+    }
+    tally.report(orders[0] != orders[1] && orders[1] == orders[2], "places", "a random order is not its seed's");
+    options() = emulation::Options();
+
     const auto refused = [&](int threads, int64_t shared_bytes, const Grid &grid, const std::string &part) {
         try {
             start(no_kernel, threads, shared_bytes, NoArgs{}, grid);
@@ -526,6 +539,19 @@ SK_KERNEL(96, 1) readers_write(SK_ARGS(FaultArgs) args) {
     warp_barrier();
     if (!args.fault) barrier();
     if (thread_id() == 40) store_shared(shared_memory(), 1u);
+}
+// The last to read is the one that writes; another read before it.
+SK_KERNEL(32, 1) earlier_reader(SK_ARGS(FaultArgs) args) {
+    if (lane_id() == 6) load_shared<uint32_t>(shared_memory());
+    ballot(true);
+    if (lane_id() == 5) load_shared<uint32_t>(shared_memory());
+    if (!args.fault) warp_barrier();
+    if (lane_id() == 5) store_shared(shared_memory(), 1u);
+}
+SK_KERNEL(32, 1) wide_and_narrow(SK_ARGS(FaultArgs) args) {
+    if (lane_id() == 0) store_shared(shared_memory(), Words4{1, 2, 3, 4});
+    if (!args.fault) warp_barrier();
+    if (lane_id() == 1) load_shared<uint32_t>(shared_memory() + 12);
 }
 // Within a warp: shuffles and votes do not order memory.
 SK_KERNEL(32, 1) neighbour(SK_ARGS(FaultArgs) args) {
@@ -688,7 +714,7 @@ SK_KERNEL(64, 1) barrier_and_vote(SK_ARGS(FaultArgs) args) {
     }
 }
 SK_KERNEL(64, 1) vote_after_barrier(SK_ARGS(FaultArgs) args) {
-    if (args.fault && (lane_id() == 0 || lane_id() == 31)) {
+    if (args.fault && lane_id() == 31) {
         ballot(true);
     } else if (args.fault) {
         barrier();
@@ -804,6 +830,8 @@ const std::vector<Fault> &faults() {
         {"read, write", read_write, 64, "with no barrier between them"},
         {"write, write", write_write, 64, "store_shared by thread"},
         {"readers, write", readers_write, 96, "with no barrier between them"},
+        {"earlier reader", earlier_reader, 32, "store_shared by thread 5 after load_shared by thread 6 "},
+        {"wide and narrow", wide_and_narrow, 32, "with no warp_barrier between them"},
         {"neighbour", neighbour, 32, "with no warp_barrier between them"},
         {"matrix too soon", matrix_too_soon, 32, "ldmatrix by warp 0 after store_shared by thread"},
         {"overwritten matrix", overwritten_matrix, 32, "after ldmatrix by warp 0"},
