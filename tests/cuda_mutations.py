@@ -3,8 +3,8 @@
 One executable per family of kernels holds all mutations behind switches (tests/emulation/mutation.h), so that a
 mutation costs one run, not one build::
 
-    python -m tests.cuda_mutations stationary              # barriers, waits, swapped dimensions and edges, ...
-    python -m tests.cuda_mutations stationary --survey     # every operator and condition
+    python -m tests.cuda_mutations stationary                # barriers, waits, swapped dimensions and edges, ...
+    python -m tests.cuda_mutations stationary --what survey  # every operator and condition
 
 It prints the mutations that survive. Of a survey some always do: an expression that only decides speed, or a constant.
 """
@@ -37,6 +37,15 @@ PAIRS = [
     ("pad_top", "pad_left"),
     ("tile_h", "tile_w"),
     ("height", "width"),
+    ("y", "x"),
+    ("y0", "x0"),
+    ("phase_y", "phase_x"),
+    ("tiles_y", "tiles_x"),
+    ("tiles_h", "tiles_w"),
+    ("source_h", "source_w"),
+    ("result_h", "result_w"),
+    ("channels", "features"),
+    ("y_", "x_"),
     ("bo", "bi"),
     ("h", "w"),
     ("p", "q"),
@@ -55,7 +64,9 @@ OPERATORS = {"<<": "l", ">>": "r", "<=": "L", ">=": "G", "==": "=", "!=": "!"} |
 
 
 # Included for a part that has no mutations.
-UNUSED = {"stationary": set(), "streamed": set(), "wgrad": {"box.cuh"}}
+UNUSED = {"stationary": set(), "streamed": {"box.cuh"}, "wgrad": {"box.cuh"}}
+# Only how large a problem may be: these tests have none that is too large.
+LIMITS = re.compile(r"const int64_t (?:height = images|span = \(height) .*;\n")
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ def constants(code: str) -> list[tuple[int, int]]:
 def refusals(code: str) -> list[tuple[int, int]]:
     """Spans that look for bad arguments only: these tests have none."""
     spans = [(found.start(), code.index("\n}", found.end())) for found in re.finditer(r"\bvoid check_\w+\(", code)]
+    spans += [found.span() for found in LIMITS.finditer(code)]
     for found in re.finditer(r"\b(?:expect|refuse)\(", code):
         spans.append((found.start(), closing(code, found.end() - 1)))
     return spans
@@ -157,7 +169,7 @@ class Source:
 
     def names(self) -> None:
         names = "|".join(re.escape(name) for name in sorted(PARTNER, key=len, reverse=True))
-        owner = r"(?<![\w.>+&-])((?:\w+(?:\.|->))+)"
+        owner = r"(?<![\w.>+&-])((?:\w+(?:\.|->))+|(?=[yx]_))"
         for found in re.finditer(rf"{owner}({names})(?![\w(])(?!\s*[-+*/|&^]?=[^=])(?!\+\+|--)", self.code):
             partner = PARTNER[found[2]]
             if number := self.mutation(f"taken for {partner}", found.start(), found.group()):
@@ -183,47 +195,59 @@ class Source:
                 self.around(start, end, switch, "))")
 
 
-def sources(family: str) -> list[str]:
-    """Names of the files in csrc/cuda that a family's kernels are written in: its own and what they include."""
-    skip = {"primitives.cuh", "launch.cuh", "problem.h"} | UNUSED[family]
-    names, todo = set(), {f"{family}.cpp", f"{family}.cuh"}
-    while todo:
-        name = todo.pop()
-        names.add(name)
-        todo |= set(re.findall(r'^#include "([\w.]+)"', (KERNELS / name).read_text(), re.M)) - names - skip
-    return sorted(names)
-
-
 class Mutants:
-    """An executable of one family with mutations built in."""
+    """An executable of one family with mutations built in.
 
-    def __init__(self, family: str, folder: Path, *, survey: bool = False, tf32: bool = False) -> None:
-        self.family, self.survey, self.tf32 = family, survey, tf32
-        self.program = folder / f"mutants_{family}"
-        self.copies = folder / f"{family}_cuda"
-        shutil.copytree(KERNELS, self.copies)
+    Args:
+        family: stationary, streamed or wgrad.
+        folder: for copies of the sources and the executable; one per object.
+        what: "faults" of synchronization and names; "survey", every operator and condition of the kernels; "maps",
+            every operator in the emulation's multiply and matrix instructions, which kernels must disagree with.
+        tf32: in tf32 instead of bf16.
+    """
+
+    def __init__(self, family: str, folder: Path, *, what: str = "faults", tf32: bool = False) -> None:
+        self.family, self.what, self.tf32 = family, what, tf32
+        self.program = folder / "mutants"
+        self.copies = folder / "sources"
+        self.copies.mkdir()
+        for path in [*KERNELS.iterdir(), *EMULATION.glob("*.h"), *EMULATION.glob("mutants_*.cpp")]:
+            shutil.copy(path, self.copies)
+        files = ["fragments.h"] if what == "maps" else self._included()
+        self.originals = {file: (self.copies / file).read_text() for file in files}
         # A name whose partner another struct lacks does not compile: what the compiler refuses is left out.
         barred: set[tuple[str, int, str]] = set()
         while refused := self._build(barred):
             barred |= refused
 
+    def _included(self) -> list[str]:
+        """Names of the files that the family's kernels are written in: its own and what they include."""
+        skip = {"primitives.cuh", "launch.cuh", "problem.h"} | UNUSED[self.family]
+        names, todo = set(), {f"{self.family}.cpp", f"{self.family}.cuh"}
+        while todo:
+            name = todo.pop()
+            names.add(name)
+            included = re.findall(r'^#include "([\w.]+)"', (self.copies / name).read_text(), re.M)
+            todo |= set(included) - names - skip
+        return sorted(names)
+
     def _build(self, barred: set[tuple[str, int, str]]) -> set[tuple[str, int, str]]:
         """File, line and kind of the mutations that do not compile; none when the executable is there."""
         self.mutations: list[Mutation] = []
-        for file in sources(self.family):
-            source = Source(file, (KERNELS / file).read_text(), len(self.mutations) + 1, barred)
-            if self.survey:
-                source.operators()
-                source.conditions()
-            else:
+        for file, text in self.originals.items():
+            source = Source(file, text, len(self.mutations) + 1, barred)
+            if self.what == "faults":
                 source.synchronization()
                 source.names()
+            else:
+                source.operators()
+                source.conditions()
             (self.copies / file).write_text(source.instrumented())
             self.mutations += source.mutations
         flags = ["-std=c++17", "-O1", "-w", "-fsanitize=address", "-Wno-narrowing", "-fmax-errors=0", "-DSK_EMULATE"]
         flags += ["-DSK_MUTANTS_TF32"] if self.tf32 else []
-        flags += [f"-I{EMULATION}", f"-I{self.copies}", "-include", str(EMULATION / "mutation.h")]
-        command = [str(COMPILER), *flags, str(EMULATION / f"mutants_{self.family}.cpp"), "-o", str(self.program)]
+        flags += [f"-I{self.copies}", "-include", str(self.copies / "mutation.h")]
+        command = [str(COMPILER), *flags, str(self.copies / f"mutants_{self.family}.cpp"), "-o", str(self.program)]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode == 0:
             return set()
@@ -254,7 +278,7 @@ class Mutants:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=("stationary", "streamed", "wgrad"))
-    parser.add_argument("--survey", action="store_true", help="every operator and condition instead")
+    parser.add_argument("--what", choices=("faults", "survey", "maps"), default="faults")
     parser.add_argument("--tf32", action="store_true", help="in tf32 instead of bf16")
     parser.add_argument("--only", default="", help="part of a mutation's name")
     parser.add_argument("--verbose", action="store_true", help="print how each one shows")
@@ -262,7 +286,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         start = time.monotonic()
-        mutants = Mutants(given.family, Path(folder), survey=given.survey, tf32=given.tf32)
+        mutants = Mutants(given.family, Path(folder), what=given.what, tf32=given.tf32)
         built = time.monotonic()
         if complaint := mutants.run(0):
             print(f"without a mutation: {complaint}")

@@ -6,32 +6,59 @@
 
 namespace sktest {
 
+// Exact data leaves the low halves of fp32 numbers zero, so tf32 is tested with all digits.
 #ifdef SK_MUTANTS_TF32
 constexpr Dtype kMutantDtype = Dtype::tf32;
+constexpr Data kMutantData = Data::full;
 #else
 constexpr Dtype kMutantDtype = Dtype::bfloat16;
+constexpr Data kMutantData = Data::exact;
 #endif
 
 using sparsekern::cuda::ProductPlan;
 
-// `bm` pixels as tokens, or as patches of 4 x 4 or 2 x 8.
-inline ProductPlan product_plan(const Fixture &f, int bm, int warps, int stages, int splits) {
-    const bool tokens = f.problem.h * f.problem.w * f.problem.taps() == 1;
-    const bool flat = f.about.seed_ % 2 == 1;
-    if (tokens) return {bm, bm, 1, 1, warps, stages, splits};
-    return {bm, bm / 16, flat ? 2 : 4, flat ? 8 : 4, warps, stages, splits};
-}
+// A problem and how it is cut.
+template <class Plan> struct Cut {
+    Case problem;
+    Plan plan;
+};
 
-// visit(fixture, name) for each case in the one dtype. An escaped exception is a failure like any other.
-template <class Visit> int run_mutants(const std::string &family, const std::vector<Case> &cases, Visit visit) {
+// visit(fixture, name, tally, plan) for each problem. An exception that escapes is a failure like any other.
+template <class Plan, class Visit>
+int run_mutants(const std::string &family, const std::vector<Cut<Plan>> &cuts, Visit visit) {
     Tally tally(0, nullptr);
     tally.stop_at_first_failure();
+    uint64_t seed = 0;
     try {
-        for (const Case &a : cases) visit(Fixture(a, kMutantDtype), family, tally);
+        for (const Cut<Plan> &cut : cuts) {
+            Case problem = cut.problem.seed(++seed);
+            problem.data = kMutantData;
+            visit(Fixture(problem, kMutantDtype), family, tally, cut.plan);
+        }
     } catch (const std::exception &error) {
         tally.report(false, family, std::string("threw ") + error.what());
     }
     return tally.finish();
+}
+
+// Forward and dgrad. Nothing is alike down and across, in outputs and inputs, in block rows and columns. The kernels'
+// tests say how many warps they take.
+inline std::vector<Cut<ProductPlan>> product_cuts() {
+    return {
+        {conv(2, 40, 9, 14, 48, 3, 3).pad(1, 0, 0, 2).block(16, 32).stride(2, 1).dilation(1, 2).density(0.8),
+         {64, 2, 4, 8, 0, 4, 1}},
+        {conv(3, 36, 11, 9, 68, 2, 3).pad(0, 1, 1, 0).block(32, 16).groups(2).stride(1, 3).dilation(3, 1),
+         {64, 2, 8, 4, 0, 2, 2}},
+        {linear(33, 45, 80, 16, 32).unaligned().full_rows(), {64, 64, 1, 1, 0, 4, 2}},
+        {linear(66, 150, 170).density(0.7), {64, 64, 1, 1, 0, 4, 1}},
+        {linear(66, 72, 150, 32, 16).full_rows(), {64, 64, 1, 1, 0, 2, 1}},
+        {linear(20, 200, 130, 64, 128).full_rows(), {64, 64, 1, 1, 0, 2, 1}},
+        {linear(20, 130, 200, 128, 64).full_rows(), {64, 64, 1, 1, 0, 3, 2}},
+        {conv(1, 32, 12, 5, 80, 3, 1).pad(2, 1, 0, 0).stride(1, 2).groups(4).full_rows(), {64, 1, 32, 2, 0, 3, 1}},
+        {conv(2, 80, 5, 7, 32, 1, 3).pad(0, 0, 1, 0).stride(2, 1).groups(4).full_rows(), {64, 1, 2, 32, 0, 3, 1}},
+        {conv(3, 56, 3, 5, 32, 2, 5).pad(0, 2, 2, 2).groups(4).full_rows().dilation(2, 1).unaligned(),
+         {64, 1, 4, 16, 0, 2, 1}},
+    };
 }
 
 }  // namespace sktest
