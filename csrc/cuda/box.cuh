@@ -70,11 +70,6 @@ public:
         return {words[0], words[1], words[2], words[3]};
     }
 
-    // visit(address) for each chunk that load copies.
-    template <class Visit> SK_DEVICE void each(Shared to, int pitch, const Visit &visit) const {
-        walk(to, pitch, [&](Shared at, const Place &) { visit(at); });
-    }
-
 private:
     struct Place {
         int image, y, x, chunk;

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "stationary_args.h"
 
@@ -72,7 +73,7 @@ public:
         b.n = a.n;
         b.source_h = transposed_ ? a.p : a.h, b.source_w = transposed_ ? a.q : a.w;
         b.result_h = transposed_ ? a.h : a.p, b.result_w = transposed_ ? a.w : a.q;
-        b.result_ld = transposed_ ? a.c : a.o;
+        b.result_row_bytes = (transposed_ ? a.c : a.o) * bytes();
         b.y = y(), b.x = x();
         b.tile_images = plan_.tile_images, b.tile_h = plan_.tile_h, b.tile_w = plan_.tile_w;
         b.tiles_n = static_cast<int>(ceil_div(a.n, plan_.tile_images));
@@ -109,18 +110,32 @@ private:
                    std::to_string(a.groups) + " for " + std::to_string(a.c) + " and " + std::to_string(a.o));
         }
         check_at_least("n", a.n, 0);
-        for (const int size : {a.c, a.h, a.w, a.o, a.p, a.q, a.r, a.s})
-            check_at_least("c, h, w, o, p, q, r, s", size, 1);
-        for (const int size : {a.stride_h, a.stride_w, a.dilation_h, a.dilation_w}) {
-            check_at_least("strides and dilations", size, 1);
+        if (a.n > INT_MAX) refuse("n to be at most 2147483647", std::to_string(a.n));
+        for (const auto &[name, size] :
+             std::initializer_list<std::pair<const char *, int>>{{"c", a.c},
+                                                                 {"h", a.h},
+                                                                 {"w", a.w},
+                                                                 {"o", a.o},
+                                                                 {"p", a.p},
+                                                                 {"q", a.q},
+                                                                 {"r", a.r},
+                                                                 {"s", a.s},
+                                                                 {"stride_h", a.stride_h},
+                                                                 {"stride_w", a.stride_w},
+                                                                 {"dilation_h", a.dilation_h},
+                                                                 {"dilation_w", a.dilation_w}}) {
+            check_at_least(name, size, 1);
         }
-        for (const int size : {a.pad_top, a.pad_left}) check_at_least("padding", size, 0);
+        check_at_least("pad_top", a.pad_top, 0);
+        check_at_least("pad_left", a.pad_left, 0);
     }
 
     void check_plan() const {
         const ProductPlan &b = plan_;
         check_one_of("bm", b.bm, {32, 64, 128});
-        for (const int size : {b.tile_images, b.tile_h, b.tile_w}) check_at_least("tile sizes", size, 1);
+        check_at_least("tile_images", b.tile_images, 1);
+        check_at_least("tile_h", b.tile_h, 1);
+        check_at_least("tile_w", b.tile_w, 1);
         if (int64_t{b.tile_images} * b.tile_h * b.tile_w != b.bm) {
             refuse("a tile of bm = " + std::to_string(b.bm) + " pixels",
                    std::to_string(b.tile_images) + " x " + std::to_string(b.tile_h) + " x " + std::to_string(b.tile_w));
@@ -198,7 +213,7 @@ void stationary(const Problem &problem, Step step, const ProductPlan &plan, cons
     args.source = source, args.source_ld = source_ld;
     args.values = values, args.bias = bias, args.result = result;
     args.aligned_result =
-        aligned(result, args.result_ld * product.bytes()) && aligned(nullptr, int64_t{args.features} * product.bytes());
+        aligned(result, args.result_row_bytes) && aligned(nullptr, int64_t{args.features} * product.bytes());
 
     const Index arrays(problem, index);
     args.ptr = transposed ? arrays.t_ptr : arrays.row_ptr;

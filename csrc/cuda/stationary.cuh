@@ -102,11 +102,14 @@ kernel(SK_ARGS(StationaryArgs) args) {
     }
     const auto wait_for_tile = [&] {
         cp_async_wait<0>();
-        tile.round(memory + args.tile);
         barrier();
+        if constexpr (E::bytes == 4) {
+            tile.round(memory + args.tile);
+            barrier();
+        }
     };
-    const auto store = [&](Sums<Bm, Nb> &sums, int unit) {
-        Result<E, Bm, Nb>(args, pixels, tile.first_pixel()).store(sums, unit);
+    const auto store = [&](const Sums<Bm, Nb> &sums, int unit) {
+        Result<E, Bm, Nb>(args, pixels, tile.first_pixel(), unit).store(sums);
     };
     run<E, Transposed, Bm, Nb>(args.stages, feeder, ring, rows, wait_for_tile, store);
 }

@@ -18,7 +18,7 @@ struct StationaryArgs {
     const void *bias;      // or null
     void *result;
 
-    int64_t n, source_ld, result_ld;
+    int64_t n, source_ld;
     int source_h, source_w, result_h, result_w;
     Axis y, x;
     int tile_images, tile_h, tile_w;
@@ -31,7 +31,7 @@ struct StationaryArgs {
     int slices;              // units of one block row: a unit is what one warp computes at a time
     int units;               // those with any feature; the last row may have empty slices
 
-    int block_bytes, weight_row_bytes;
+    int block_bytes, weight_row_bytes, result_row_bytes;
     int block_stages;     // stages that one block fills; 0: a block fills half a stage
     int channel_bytes;    // of one block in a pixel of the tile
     bool aligned_result;  // every unit of every pixel begins on 16 bytes

@@ -97,7 +97,7 @@ public:
             closing_ &= Card::end;
         }
         cp_async_commit();
-        if (lane_id() == place) card_ = card, card_unit_ = unit_;
+        if (lane_ == place) card_ = card, card_unit_ = unit_;
     }
 
     // Of the stage at a place; blank where nothing was pushed.
@@ -111,11 +111,11 @@ private:
         const int lane = lane_id();
         if (both_steps()) {
             const int row = (lane >> 1 & 3) | (lane >> 4 << 2), step = lane >> 3 & 1, chunk = lane & 1;
-            to_ = ring + static_cast<Shared>(step * Step::bytes + Step::place(row, chunk));
+            to_ = keep(ring + static_cast<Shared>(step * Step::bytes + Step::place(row, chunk)));
             lane_bytes_ = row * args_.weight_row_bytes + step * STEP_BYTES + chunk * 16;
         } else {
             const int row = lane / Step::row_chunks, chunk = lane % Step::row_chunks;
-            to_ = ring + static_cast<Shared>(Step::place(row, chunk));
+            to_ = keep(ring + static_cast<Shared>(Step::place(row, chunk)));
             lane_bytes_ = row * args_.weight_row_bytes + chunk * 16;
         }
     }
@@ -185,7 +185,7 @@ private:
     SK_DEVICE uint32_t copy_part(Shared to) {
         const char *from;
         const Shared offset = look_up(from) + static_cast<Shared>(part_ * 2 * STEP_BYTES);
-        if (both_steps()) {
+        if (!Transposed) {
             copy<copies>(to, 8 * Step::row_bytes, from + part_ * 2 * STEP_BYTES, 8);
         } else {
             copy<copies>(to, 32 * 16, from + part_ * 2 * E::depth * args_.weight_row_bytes, 32 / Step::row_chunks);
@@ -200,13 +200,14 @@ private:
     // Each copy is `row_step` rows of weights after the one before, and `step` bytes in the ring.
     template <int Copies> SK_DEVICE void copy(Shared to, int step, const char *from, int row_step) const {
         SK_UNROLL
-        for (int i = 0; i < Copies; ++i) {
-            cp_async_16(to + static_cast<Shared>(i * step), from + i * row_step * args_.weight_row_bytes, 16);
+        for (int i = 0; i < Copies; ++i, from += row_step * args_.weight_row_bytes) {
+            cp_async_16(to + static_cast<Shared>(i * step), from, 16);
         }
     }
 
     const StationaryArgs &args_;
     Units units_;
+    const int lane_ = lane_id();
     Shared taps_ = 0;
 
     // Per lane: where its chunks lie in the ring's first stage and in a block.

@@ -43,7 +43,7 @@ public:
         i /= args.tiles_x;
         const int tile_y = i % args.tiles_y;
         i /= args.tiles_y;
-        first_image_ = static_cast<int64_t>(i % args.tiles_n) * args.tile_images;
+        tile_n_ = i % args.tiles_n;
         const int phase = i / args.tiles_n, phases_x = args.x.phases(Transposed);
         x_ = Side::make(args.x, Transposed, phase % phases_x, tile_x, args.tile_w);
         y_ = Side::make(args.y, Transposed, phase / phases_x, tile_y, args.tile_h);
@@ -56,28 +56,26 @@ public:
     }
 
     // The result's pixels before the tile's first image.
-    SK_DEVICE int64_t first_pixel() const { return first_image_ * args_.result_h * args_.result_w; }
+    SK_DEVICE int64_t first_pixel() const { return first_image() * args_.result_h * args_.result_w; }
 
-    // All threads; complete for the calling thread after cp_async_wait, and for others after a barrier.
+    // All threads; complete after cp_async_wait and a barrier.
     SK_DEVICE void load(Shared to) const {
         const Box box = source_box();
         if (box.height * box.width == 0) return;
         const Image image{args_.source, args_.n, args_.source_h, args_.source_w, args_.source_ld};
-        walk(box).load(to, args_.pitch, image, first_image_, y_.source(args_.y, Transposed),
-                       x_.source(args_.x, Transposed), block_z() * args_.channels, args_.channels);
+        load_box<E>(to, args_.pitch, image, box, first_image(), y_.source(args_.y, Transposed),
+                    x_.source(args_.x, Transposed), block_z() * args_.channels, args_.channels,
+                    args_.blocks * args_.channel_bytes / E::bytes, thread_id(), thread_count());
     }
 
-    // Rounds what this thread loaded to what the multiply instruction takes: once here instead of once per block.
-    SK_DEVICE void round(Shared to) const {
-        if (E::bytes != 4) return;
-        const Box box = source_box();
-        if (box.height * box.width == 0) return;
-        walk(box).each(to, args_.pitch, [](Shared at) {
-            Words4 words = load_shared<Words4>(at);
-            words = {round_operand<E>(words.x), round_operand<E>(words.y), round_operand<E>(words.z),
-                     round_operand<E>(words.w)};
-            store_shared(at, words);
-        });
+    // Rounds the tile to what the multiply instruction takes: once here instead of once per block. Between barriers.
+    SK_DEVICE void round(Shared tile) const {
+        const Shared end = tile + static_cast<Shared>(args_.tile_images * y_.extent * x_.extent * args_.pitch);
+        for (Shared at = tile + static_cast<Shared>(thread_id() * 16); at < end; at += thread_count() * 16) {
+            const Words4 words = load_shared<Words4>(at);
+            store_shared(at, Words4{round_operand<E>(words.x), round_operand<E>(words.y), round_operand<E>(words.z),
+                                    round_operand<E>(words.w)});
+        }
     }
 
     // Per pixel of the tile: byte of its first tap in the tile's memory, and its place in the result after first_pixel,
@@ -91,7 +89,7 @@ public:
             const int byte = ((image * box.height + box_y) * box.width + box_x) * args_.pitch;
             const int result_y = y_.result(args_.y, Transposed, y), result_x = x_.result(args_.x, Transposed, x);
             const bool inside =
-                first_image_ + image < args_.n && result_y < args_.result_h && result_x < args_.result_w;
+                first_image() + image < args_.n && result_y < args_.result_h && result_x < args_.result_w;
             const int pixel = inside ? (image * args_.result_h + result_y) * args_.result_w + result_x : -1;
             store_shared(to + static_cast<Shared>(i * 8),
                          Words2{static_cast<uint32_t>(byte), static_cast<uint32_t>(pixel)});
@@ -109,13 +107,11 @@ public:
     }
 
 private:
+    SK_DEVICE int64_t first_image() const { return int64_t{tile_n_} * args_.tile_images; }
     SK_DEVICE Box source_box() const { return {args_.tile_images, y_.extent, x_.extent}; }
-    SK_DEVICE BoxWalk<E> walk(const Box &box) const {
-        return {box, args_.blocks * args_.channel_bytes / E::bytes, thread_id(), thread_count()};
-    }
 
     const StationaryArgs &args_;
-    int64_t first_image_;
+    int tile_n_;
     Side y_, x_;
 };
 
