@@ -25,8 +25,8 @@ static void check_problem(const Problem &a, Step step) {
                "use another backend");
     }
     // A pixel's valid taps are kept as bits, one per filter row and one per filter column.
-    if (a.r + a.s > 31) {
-        refuse("a filter whose height and width add up to at most 31",
+    if (a.r + a.s > 30) {
+        refuse("a filter whose height and width add up to at most 30",
                std::to_string(a.r) + " x " + std::to_string(a.s), "use another backend");
     }
 }

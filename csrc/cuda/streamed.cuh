@@ -186,7 +186,7 @@ template <int Outputs> SK_DEVICE void clear(Sums<Outputs> &sums) {
 }
 
 // The sums of a panel of 128 outputs take 128 registers, and a multiprocessor has them for 8 warps.
-template <class E, bool Transposed, int Edge> SK_KERNEL(256, 1) kernel(SK_ARGS(Args) args) {
+template <class E, bool Transposed, int Edge> SK_KERNEL(256, Edge == 64 ? 2 : 1) kernel(SK_ARGS(Args) args) {
     using T = Traits<E, Transposed, Edge>;
     const Spot spot = spot_of<Transposed>(args, block_x());
     const int warp = warp_id();

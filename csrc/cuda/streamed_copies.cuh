@@ -35,7 +35,7 @@ SK_DEVICE int chunk_place(int row, int chunk) {
 // pixel: 8 lanes fill a row, so that neighbouring channels are asked for together.
 template <class E, bool Transposed> class PixelCopy {
 public:
-    SK_DEVICE PixelCopy(const Args &a, const Spot &spot, int warp) : unit_bytes_(a.unit_bytes) {
+    SK_DEVICE PixelCopy(const Args &a, const Spot &spot, int warp) : a_(a) {
         const int64_t first = spot.image0 * a.source_h * a.source_w * a.pixel_units;
         base_ = a.source + first * a.unit_bytes + int64_t{spot.group} * a.channels * E::bytes;
         const Pixel own = pixel_of<Transposed>(a, spot, warp * 32 + lane_id());
@@ -52,7 +52,7 @@ public:
     }
 
     SK_DEVICE void issue(const Ticket &ticket, Shared stage) const {
-        if (unit_bytes_ == 16) {
+        if (a_.unit_bytes == 16) {
             copy_chunks(ticket, stage + to_);
         } else {
             copy_elements(ticket, stage + to_);
@@ -64,7 +64,7 @@ private:
 
     // Tap bits of the pixel whose taps start at (y, x) of the source.
     SK_DEVICE static uint32_t taps_inside(const Args &a, const Spot &spot, int y, int x) {
-        uint32_t bits = 0;
+        uint32_t bits = LAST;
         for (int r = 0; r < a.y.taps; ++r) {
             const int shift = a.y.shift(Transposed, spot.phase_y, r);
             if (shift != NO_TAP && y + shift >= 0 && y + shift < a.source_h) bits |= 1u << r;
@@ -93,16 +93,19 @@ private:
     }
 
     SK_DEVICE void copy_elements(const Ticket &ticket, Shared to) const {
+        const int elements = channels_left<E>(a_, ticket.taps, ticket.part * STEP_LANES + entry_chunk(a_));
         SK_UNROLL
         for (int i = 0; i < ROWS; ++i) {
             const bool inside = (ticket.taps & ~taps_[i]) == 0;
             const char *source = base_ + (int64_t{place_[i]} + ticket.where) * E::bytes;
             store_shared(row_of(to, i), BoxWalk<E>::gather(reinterpret_cast<const typename E::Storage *>(source),
-                                                           inside ? ticket.elements : 0));
+                                                           inside ? elements : 0));
+            // The elements of 4 pixels at a time: those of 8 don't find registers.
+            if (i % 4 == 3) warp_barrier();
         }
     }
 
-    const int unit_bytes_;
+    const Args &a_;
     const char *base_;     // of the tile's first image and the group's first channel
     int place_[ROWS];      // of the lane's pixels, in units from there
     uint32_t taps_[ROWS];  // that lie in the image

@@ -34,12 +34,13 @@ template <bool Transposed> SK_DEVICE Spot spot_of(const Args &a, int block) {
     return spot;
 }
 
-// A tap of the filter as bits, one for its row and one for its column; a pixel has those set that lie in the image.
-// Bit 31 belongs to no pixel.
+// A tap of the filter as bits, one for its row and one for its column; a pixel has those set that lie in the image, and
+// LAST where it exists.
 SK_DEVICE uint32_t tap_bits(const Args &a, int r, int s) {
     return 1u << r | 1u << (a.y.taps + s);
 }
-constexpr uint32_t NOWHERE = 0xffffffffu;
+// The tap's column is the group's last and may be ragged; and a bit that no pixel has.
+constexpr uint32_t LAST = 0x80000000u, NOWHERE = 0x40000000u;
 
 // For each tap its shift in units and its bits, 0 where the phase lacks it. All threads; a barrier must follow.
 template <bool Transposed> SK_DEVICE void write_taps(const Args &a, const Spot &spot, Shared table) {
@@ -53,6 +54,16 @@ template <bool Transposed> SK_DEVICE void write_taps(const Args &a, const Spot &
     }
 }
 
+// The 16 bytes of a row of a stage that this lane copies, from the first of the entry.
+SK_DEVICE int entry_chunk(const Args &a) {
+    return lane_id() & (STEP_LANES - 1) & ((2 << a.steps_log) - 1);
+}
+
+// Channels of the group from the entry's n-th 16 bytes on; enough for them where its column is not the last.
+template <class E> SK_DEVICE int channels_left(const Args &a, uint32_t taps, int chunk) {
+    return taps & LAST ? a.last_channels - chunk * (16 / E::bytes) : 16 / E::bytes;
+}
+
 // What a stage holds.
 struct Ticket {
     uint32_t present;  // bit `entry * rows + row`: that row has a block at that entry; 0: the list is at its end
@@ -61,20 +72,18 @@ struct Ticket {
     int block;      // slot of the block of bit `lane`, where there is one
     int where;      // from a pixel's place to the 16 bytes of channels that this lane copies
     uint32_t taps;  // bits that a pixel must have, else it reads zeros
-    int elements;   // of those 16 bytes that are channels of the group
 };
 
 template <class E, bool Transposed, int Rows> class Walk {
 public:
     SK_DEVICE Walk(const Args &a, const Spot &spot, Shared taps)
-        : a_(a), taps_(taps), row_(keep(lane_id() & (Rows - 1))), entry_(keep(lane_id() / Rows)) {
+        : a_(a), taps_(taps), row_(Rows == 1 ? 0 : keep(lane_id() & (Rows - 1))), entry_(keep(lane_id() / Rows)) {
         const int panel = spot.group * a.panels + spot.panel, row = spot.panel * Rows + row_;
         next_ = load_global(a.list_ptr + panel);
         end_ = load_global(a.list_ptr + panel + 1);
         slot_ = row < a.rows ? load_global(a.ptr + spot.group * a.rows + row) : 0;
-        const int chunk = lane_id() & (STEP_LANES - 1), entry_chunks = 2 << a.steps_log;
-        source_entry_ = keep(chunk / entry_chunks);
-        chunk_ = keep(chunk & (entry_chunks - 1));
+        source_entry_ = keep((lane_id() & (STEP_LANES - 1)) >> (1 + a.steps_log));
+        chunk_ = keep(entry_chunk(a));
         read_ahead();
     }
 
@@ -95,9 +104,6 @@ public:
     }
 
 private:
-    // Bit 31 of an entry's tap bits: its column is the group's last and may be ragged.
-    static constexpr uint32_t LAST = 0x80000000u;
-
     SK_DEVICE void read_ahead() {
         const int at = next_ + lane_id();
         ahead_ = at < end_ ? load_global(a_.list + at) : 0;
@@ -144,10 +150,8 @@ private:
         const int holder = left ? first_bit(left) : 0, chunk = part_ * STEP_LANES + chunk_;
         ticket.where = shuffle(where_, holder) + chunk * a_.chunk_units;
         const uint32_t bits = shuffle(bits_, holder);
-        constexpr int most = 16 / E::bytes;
-        const int rest = bits & LAST ? a_.last_channels - chunk * most : most;
-        ticket.elements = left == 0 || rest < 0 ? 0 : rest < most ? rest : most;
-        ticket.taps = ticket.elements == 0 ? NOWHERE : bits & ~LAST;
+        const bool beyond = channels_left<E>(a_, bits, chunk) <= 0;
+        ticket.taps = left == 0 || beyond ? NOWHERE : bits;
     }
 
     const Args &a_;
