@@ -90,6 +90,113 @@ def test_core_of_another_version(fresh_native: None, monkeypatch: pytest.MonkeyP
     assert any("0.0.1" in what for what, _ in report.problems)
 
 
+# -- the CUDA kernels: a made-up core on made-up machines --------------------------------------------------------------
+
+H200, A100, RTX2080 = ("H200", (9, 0)), ("A100", (8, 0)), ("RTX 2080", (7, 5))
+
+
+@pytest.fixture
+def cuda_report(fresh_native: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """``cuda_report(devices, driver, **build_record)`` -> (report, the section on CUDA)."""
+
+    def collect(
+        devices: list[tuple[str, tuple[int, int]]], driver: tuple[int, int] = (13, 0), **entries: Any
+    ) -> tuple[doctor.Report, dict[str, str]]:
+        fake = SimpleNamespace(build_info=lambda: {"cuda_archs": entries.get("cuda_archs", "")}, __file__="_C.so")
+        monkeypatch.setitem(sys.modules, "sparsekern._C", fake)  # type: ignore[arg-type]
+        monkeypatch.setattr(native, "_FOLDER", tmp_path)
+        record(tmp_path, version=__version__, **entries)
+        native._load.cache_clear()
+        report = doctor.Report()
+        return report, doctor._cuda(report, devices, driver)
+
+    return collect
+
+
+BUILT = {"mode": "cuda", "native": "cuda", "cuda_compiler": "13.0.88", "cuda_bytes": 11_900_000}
+
+
+def test_cuda_kernels_that_match_the_gpu(cuda_report: Any) -> None:
+    report, facts = cuda_report([H200, A100], cuda_archs="8.0 9.0a 10.0+PTX", **BUILT)
+    assert facts["kernels"] == "for 8.0 9.0a 10.0+PTX, by nvcc 13.0.88, 11.9 MB"
+    assert facts["device 0"] == "H200, compute capability 9.0"
+    assert facts["device 0 runs"] == "sm_90a" and facts["device 1 runs"] == "sm_80"
+    assert facts["driver"] == "serves CUDA up to 13.0"
+    assert not report.problems
+
+
+def test_cuda_kernels_without_a_gpu_are_no_problem(cuda_report: Any) -> None:
+    report, facts = cuda_report([], (0, 0), cuda_archs="8.0", **BUILT)
+    assert facts["kernels"].startswith("for 8.0") and facts["devices"].startswith("none")
+    assert not report.problems
+
+
+def test_cuda_kernels_for_another_gpu(cuda_report: Any) -> None:
+    report, facts = cuda_report([A100, H200], cuda_archs="9.0a", **BUILT)
+    assert facts["device 0 runs"] == "none of them" and facts["device 1 runs"] == "sm_90a"
+    ((what, fix),) = report.problems
+    assert "A100 (8.0) cannot run" in what and "H200" not in what
+    assert fix.startswith('TORCH_CUDA_ARCH_LIST="8.0 9.0" SPARSEKERN_BUILD=cuda pip install')
+
+
+def test_a_gpu_too_old_for_the_cuda_kernels(cuda_report: Any) -> None:
+    report, _ = cuda_report([RTX2080], cuda_archs="8.0+PTX", **BUILT)
+    ((_, fix),) = report.problems
+    assert fix.startswith("none: they need compute capability 8.0")
+
+
+def test_ptx_for_a_later_gpu(cuda_report: Any) -> None:
+    report, facts = cuda_report([("RTX 5090", (12, 0))], cuda_archs="8.0 9.0a 10.0+PTX", **BUILT)
+    assert facts["device 0 runs"] == "compute_100 (PTX that the driver compiles at first use)"
+    assert not report.problems
+
+
+def test_cuda_newer_than_the_driver(cuda_report: Any) -> None:
+    assert not cuda_report([H200], (13, 1), cuda_archs="9.0a", **BUILT)[0].problems
+    report, _ = cuda_report([H200], (12, 8), cuda_archs="9.0a", **BUILT)
+    ((what, fix),) = report.problems
+    assert what == "the CUDA kernels were built by nvcc 13.0.88, the driver serves CUDA up to 12.8"
+    assert "update the driver, or build them with CUDA 12" in fix
+
+
+def test_no_cuda_kernels(cuda_report: Any) -> None:
+    report, facts = cuda_report([H200], mode="cpu", native="cpu", error="")
+    assert "not built" in facts["kernels"] and "SPARSEKERN_BUILD=cuda" in facts["kernels"]
+    assert not report.problems
+    assert cuda_report([], mode="cpu", native="cpu", error="")[1]["kernels"] == "not built"
+
+
+def test_cuda_kernels_whose_build_failed(cuda_report: Any) -> None:
+    report, _ = cuda_report([], mode="auto", native="cpu", error="this step failed: cmake --build")
+    ((what, fix),) = report.problems
+    assert "this step failed" in what and "SPARSEKERN_BUILD=cuda" in fix
+
+
+@pytest.mark.parametrize(
+    "archs, capability, image",
+    [
+        ("8.0 8.6 9.0a", (8, 0), "sm_80"),
+        ("8.0 8.6 9.0a", (8, 9), "sm_86"),  # machine code of an earlier minor version
+        ("8.6", (8, 0), ""),
+        ("8.0", (9, 0), ""),
+        ("9.0a", (9, 0), "sm_90a"),
+        ("10.0a", (10, 3), ""),  # for its own version alone
+        ("10.0", (10, 3), "sm_100"),
+        ("9.0a 9.0+PTX", (9, 0), "sm_90a"),
+        ("9.0a 9.0+PTX", (10, 0), "compute_90"),
+        ("9.0a+PTX", (10, 0), ""),
+        ("8.0+PTX 9.0", (12, 0), "compute_80"),
+        ("8.0+PTX", (7, 5), ""),
+        ("", (9, 0), ""),
+    ],
+)
+def test_which_code_a_gpu_runs(archs: str, capability: tuple[int, int], image: str) -> None:
+    assert native.cuda_image(archs, capability) == image
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
 def test_two_openmp_runtimes_are_named() -> None:
     maps = ["/torch/lib/libgomp.so.1", "/lib/libm.so", "/sk.libs/libgomp-a1b2.so.1.0", "/torch/lib/libgomp.so.1"]
     assert doctor.openmp_runtimes(maps) == ["/torch/lib/libgomp.so.1", "/sk.libs/libgomp-a1b2.so.1.0"]
