@@ -86,10 +86,13 @@ public:
     explicit Random(uint64_t seed) : engine_(seed) {}
     bool flip(double probability) { return std::uniform_real_distribution<double>(0, 1)(engine_) < probability; }
     int64_t below(int64_t count) { return std::uniform_int_distribution<int64_t>(0, count - 1)(engine_); }
-    // A stored element within (-1, 1). Exact ones are multiples of 1/16 other than 0: products are multiples of 1/256.
+    // A stored element within (-1, 1). Exact ones are odd multiples of 1/512 in tf32, so that both halves of the number
+    // matter, else multiples of 1/16; other than 0.
     uint32_t element(Dtype dtype, Data data) {
-        if (data == Data::exact) return encode(dtype, static_cast<double>((below(15) + 1) * (flip(0.5) ? 1 : -1)) / 16);
-        return encode(dtype, std::uniform_real_distribution<double>(-1, 1)(engine_));
+        const double sign = flip(0.5) ? 1 : -1;
+        if (data == Data::full) return encode(dtype, std::uniform_real_distribution<double>(-1, 1)(engine_));
+        if (dtype == Dtype::tf32) return encode(dtype, sign * static_cast<double>(2 * below(256) + 1) / 512);
+        return encode(dtype, sign * static_cast<double>(below(15) + 1) / 16);
     }
 
 private:
