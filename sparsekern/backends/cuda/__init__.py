@@ -22,6 +22,7 @@ __all__ = ("candidates", "dgrad", "forward", "seconds", "unsupported", "wgrad", 
 
 WANTS_CHANNELS_LAST = True
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_PLANS = 16
 BUILD = "SPARSEKERN_BUILD=cuda pip install --force-reinstall --no-deps sparsekern (needs nvcc)"
 
 
@@ -72,8 +73,11 @@ def runs_on(built: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+@functools.lru_cache(maxsize=1024)
 def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    return plans.candidates(problem, chip)
+    """Those that the model predicts to be fastest, first; more would only make tuning longer."""
+    listed = plans.candidates(problem, chip)
+    return tuple(sorted(listed, key=lambda plan: model.seconds(problem, plan, chip))[:MOST_PLANS])
 
 
 def why_not(problem: Problem, kernel: Plan, chip: Chip) -> str | None:

@@ -5,8 +5,8 @@ Nothing here was measured: ``Chip`` says of every figure where it comes from, an
 Letters: n and k are the block's edges along the outputs and along the reduction (forward: bo, bi; dgrad: bi, bo), s
 bytes per element, e = 32 / s the depth of one multiply instruction (a step is 32 bytes of each row), F the phases of
 pixels (dgrad of a strided convolution), T tiles of all phases, G groups, B = bm pixels of a tile, d the density, nnz
-the stored blocks of all groups. A stationary tile of phase f meets only the taps that exist there, nnz / F blocks on
-average.
+the stored blocks of all groups. A tile meets only the taps that exist in its phase, nnz / F blocks and C / F columns
+on average.
 
 Products. ``mma.sync`` runs at ``Chip.mma_sync`` of the rate of cuBLAS (all of it on sm_80; on sm_90 and later cuBLAS
 uses the faster wgmma and tcgen05, which these kernels don't). Absent blocks are never multiplied; pixels that fill up
@@ -19,14 +19,14 @@ Shared memory, 128 bytes per clock and multiprocessor, reads and writes together
   written once: T S G times the box with halo, S splits.
 - streamed, P block rows of a panel (128 / n for edges 16 and 32, else 1), W warps: activations are written once for
   each column that some row of the panel has, u = 1 - (1-d)^P of all C columns, and read once by the warp that owns
-  them: 2 T R/P C u B k s. Every warp reads each stored block: T nnz n k s (W + 1).
+  them: 2 T R/P (C / F) u B k s. Every warp reads each stored block: T (nnz / F) n k s (W + 1).
 - wgrad, pieces of p x q (edges, 32 at most): per piece and e pixels q 32 bytes of x, and p 32 bytes of dy wherever the
   block row changes, taken as every second piece. Tiles of dy and x are written once per window and pass.
 
 L2 to shared memory: what is written above, but for the rounding to 16 bytes.
 
 - stationary: (T (nnz / F) n k + T S G box C_group) s. Weights once per tile whatever the block: 2 B FLOP per byte.
-- streamed: T (R/P C u B k + nnz n k) s.
+- streamed: T (R/P C u B k + nnz n k) s / F.
 - wgrad: per window and pass M' rows bo + (M' box / B) cols bi elements, M' the pixels of all tiles.
 
 A window of wgrad stores K blocks, a Poisson number by the model; more than fit the accumulators cost another pass over
@@ -74,7 +74,7 @@ class Work:
         steps: of the warp with the most, one after another, in one block.
         tile_bytes: loaded by a block before its first product.
         workspace: bytes of partial sums, written and read once more.
-        share: of the blocks' warps that have work.
+        share: of the time of their products that the warps of the fullest block have work on average.
     """
 
     blocks: float
@@ -161,28 +161,22 @@ def _stationary(problem: Problem, plan: Plan) -> Work:
 
 
 def _streamed(problem: Problem, plan: Plan) -> Work:
-    (n, k), s, (rows, columns) = problem.edges, problem.itemsize, problem.walked
-    tiles, panel, groups, nnz = (
-        plans.tiles_of(problem, plan.tile),
-        plans.panel_rows(problem),
-        problem.groups,
-        problem.capacity,
-    )
-    # Pixels of all phases walk the whole list, absent taps as zeros.
+    (n, k), s, phases, (rows, columns) = problem.edges, problem.itemsize, _phases(problem), problem.walked
+    tiles, panel, groups = plans.tiles_of(problem, plan.tile), plans.panel_rows(problem), problem.groups
+    nnz, present = problem.capacity / phases, columns / phases * (1.0 - (1.0 - problem.density) ** panel)
     panels = groups * math.ceil(rows / groups / panel)
-    union = 1.0 - (1.0 - problem.density) ** panel
     depth = plans.STEP_BYTES // s
-    activations = tiles * panels * columns * union * plan.bm * k * s
+    activations = tiles * panels * present * plan.bm * k * s
     weights = float(tiles * nnz * n * k * s)
     steps = tiles * plan.warps * nnz * (k / depth)  # of 32 pixels x n outputs
     transposed = problem.step == "dgrad"
-    loads = tiles * plan.warps * panels * columns * union * (k / depth) * _loads(problem, 32, False)
+    loads = tiles * plan.warps * panels * present * (k / depth) * _loads(problem, 32, False)
     return Work(
         blocks=float(tiles * panels),
         flops=2.0 * steps * 32 * n * depth,
         shared_bytes=2 * activations + weights * (plan.warps + 1),
         l2_bytes=activations + weights,
-        hbm_bytes=activation_bytes(problem) + nnz * n * k * s,
+        hbm_bytes=activation_bytes(problem) + problem.capacity * n * k * s,
         instructions=steps * (2 * n / 8 + _loads(problem, n, transposed)) + loads,
         steps=nnz / panels * (k / depth),
     )
@@ -203,7 +197,7 @@ def expected_passes(mean: float, room: float) -> float:
 
 
 def _wgrad(problem: Problem, plan: Plan) -> Work:
-    (bo, bi), s, nnz, groups = problem.block, problem.itemsize, problem.capacity, problem.groups
+    (bo, bi), s, nnz = problem.block, problem.itemsize, problem.capacity
     tiles, pixels = plans.tiles_of(problem, plan.tile), plan.bm
     windows = plans.wgrad_windows(problem, plan)
     mean = nnz / windows
@@ -226,7 +220,7 @@ def _wgrad(problem: Problem, plan: Plan) -> Work:
         steps=tiles / plan.splits * pixels / depth * passes * min(per_warp, max(pieces / windows / plan.warps, 1.0)),
         workspace=4.0 * plan.splits * nnz * bo * bi if plan.splits > 1 else 0.0,
         # Windows differ in how many blocks they store, and a multiprocessor waits for its fullest.
-        share=1.0 / (1.0 + 2.0 / math.sqrt(max(mean * groups, 1.0))) if windows > 1 else 1.0,
+        share=1.0 / (1.0 + 2.0 / math.sqrt(max(mean, 1.0))) if windows > 1 else 1.0,
     )
 
 
@@ -239,10 +233,12 @@ def predict(problem: Problem, plan: Plan, chip: Chip) -> Prediction:
     part = queue / w.blocks  # of all blocks, on the fullest multiprocessor
     rate = chip.rate(problem.dtype) * chip.mma_sync / chip.sms
     step_instructions = w.instructions + chip.step_instructions * _warp_steps(problem, plan, w)
+    shared_bandwidth = chip.shared_bytes_per_clock * chip.clock
     port = max(w.l2_bytes / chip.l2_bandwidth, part * w.l2_bytes / (chip.l2_port * chip.clock))
     limits = {
         "mma": part * w.flops / rate / w.share,
-        "shared": part * w.shared_bytes / (chip.shared_bytes_per_clock * chip.clock) / w.share,
+        # Copies are shared out evenly, products are not.
+        "shared": part * (w.l2_bytes + (w.shared_bytes - w.l2_bytes) / w.share) / shared_bandwidth,
         "l2": port,
         "hbm": w.hbm_bytes / chip.hbm_bandwidth,
         "issue": part * step_instructions / (ISSUED_PER_CLOCK * chip.clock) / w.share,

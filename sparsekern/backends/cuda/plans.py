@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsekern.backends.cuda.plan import Plan
@@ -254,7 +254,7 @@ def _why_not_wgrad(problem: Problem, plan: Plan) -> str | None:
         return f"wgrad: expected a window and 1 to 16 warps, got {plan.rows}x{plan.cols} and {plan.warps}"
     if plan.bm % 16:
         return f"tile: expected a multiple of 16 pixels, got {plan.bm}"
-    if plan.rows * problem.block[0] * problem.itemsize > 512 * plan.warps:
+    if plan.rows * problem.block[0] > 128 * plan.warps:
         return f"rows: {plan.rows} block rows of {problem.block[0]} outputs are too many for {plan.warps} warps"
     if (size := _wgrad_bytes(problem, plan)) > MOST_SHARED:
         return f"shared memory: {size} bytes, the limit is {MOST_SHARED}"
@@ -269,7 +269,7 @@ _RULES = {"stationary": _why_not_stationary, "streamed": _why_not_streamed, "wgr
 
 @functools.lru_cache(maxsize=1024)
 def candidates(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    """Plans that can run ``problem`` on this GPU, a handful for each family."""
+    """Plans that can run ``problem`` on this GPU, some for each family."""
     if unfit(problem) is not None:
         return ()
     if problem.step == "wgrad":
@@ -317,20 +317,24 @@ def _stationary(problem: Problem, chip: Chip) -> Iterator[Plan]:
             if warps > 4 and warps >= 2 * units:
                 continue  # warps without a unit of their own
             for stages in (4, 2):
-                fitting = (
-                    Plan("stationary", tile, warps, stages)
-                    for tile in boxes(problem, bm)
-                    if why_not(problem, Plan("stationary", tile, warps, stages), chip) is None
-                )
-                plan = next(fitting, None)
-                if plan is None:
+                listed = [Plan("stationary", tile, warps, stages) for tile in boxes(problem, bm)]
+                fitting = [plan for plan in listed if why_not(problem, plan, chip) is None]
+                if not fitting:
                     continue
-                blocks = tiles_of(problem, plan.tile) * problem.groups
-                room = chip.sms * resident(problem, plan, chip)
-                splits = max(min(room // max(blocks, 1), -(-units // warps)), 1)
-                for count in sorted({1, splits}):
-                    yield Plan("stationary", plan.tile, warps, stages, count)
+                loads = min(fitting, key=lambda plan: _loaded(problem, plan.tile))
+                for plan in dict.fromkeys((fitting[0], loads)):
+                    blocks = tiles_of(problem, plan.tile) * problem.groups
+                    room = chip.sms * resident(problem, plan, chip)
+                    splits = max(min(room // max(blocks, 1), -(-units // warps)), 1)
+                    for count in sorted({1, splits}):
+                        yield Plan("stationary", plan.tile, warps, stages, count)
                 break  # the deepest ring that fits
+
+
+def _loaded(problem: Problem, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Pixels that all tiles load, and tiles."""
+    tiles = tiles_of(problem, tile)
+    return tiles * pixels_of_box(problem, tile), tiles
 
 
 def _streamed(problem: Problem) -> Iterator[Plan]:
@@ -364,14 +368,13 @@ def _deepest(problem: Problem, chip: Chip, rows: int, cols: int, warps: int, pix
 
 
 def _wgrad_tiles(problem: Problem, pixels: int) -> list[tuple[int, int, int]]:
-    """As :func:`boxes`, and whole images where as many of them make a multiple of 16 pixels."""
+    """As :func:`boxes`, and whole images where a multiple of 16 pixels is within the size."""
     window = window_of(problem)
     assert window is not None
-    whole = math.prod(window.out)
-    images = 16 // math.gcd(whole, 16)
-    listed = boxes(problem, pixels)
-    if 1 < whole * images <= 2 * pixels:
-        listed = [(images, *window.out), *listed]
+    whole, listed = math.prod(window.out), boxes(problem, pixels)
+    fewest = 16 // math.gcd(whole, 16)
+    if whole > 1 and whole * fewest <= pixels:
+        listed = [(pixels // (whole * fewest) * fewest, *window.out), *listed]
     return sorted(listed, key=lambda tile: _computed(problem, tile))
 
 
@@ -388,20 +391,17 @@ def _windows(problem: Problem, warps: int) -> list[tuple[int, int]]:
     columns = every_column // problem.taps
     per_place = problem.taps * max(problem.density, 1e-6) * bo * bi
     places = max(FILL * warps * WARP_ACCUMULATORS / per_place, 1.0)
-    most = min(rows, max(512 * warps // (bo * problem.itemsize), 1))
-    sides: Sequence[int] = [r for r in (1 << i for i in range(11)) if r < most] + [most]
-    windows = {(r, min(columns, max(round(places / r), 1))) for r in sides}
+    most = min(rows, max(128 * warps // bo, 1))
+    sides = {min(1 << i, most) for i in range(11) if 1 << i <= places}
+    windows = {(r, min(columns, max(int(places / r), 1))) for r in sides}
     traffic = {window: rows * columns / math.prod(window) * _per_pixel(problem, window) for window in windows}
     return sorted(windows, key=lambda window: (traffic[window], window))[:2]
 
 
 def _per_pixel(problem: Problem, window: tuple[int, int]) -> float:
-    bo, bi = problem.block
-    return (
-        window[0] * bo + window[1] * bi * min(problem.source / max(problem.m, 1), problem.taps)
-        if problem.source
-        else window[0] * bo + window[1] * bi
-    )
+    """Elements loaded per output pixel, the halo left out."""
+    (bo, bi), (rows, cols) = problem.block, window
+    return rows * bo + cols * bi * min(problem.stride_area, problem.taps)
 
 
 def wgrad_windows(problem: Problem, plan: Plan) -> int:
