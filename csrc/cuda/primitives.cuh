@@ -34,8 +34,7 @@ struct alignas(16) Words4 {
     uint32_t x, y, z, w;
 };
 
-// -- who is asking
-// -----------------------------------------------------------------------------------------------------
+// -- who is asking --
 
 SK_DEVICE int thread_id() {
     return static_cast<int>(threadIdx.x);
@@ -71,8 +70,7 @@ template <class T> SK_DEVICE T keep(T value) {
     return value;
 }
 
-// -- shared memory
-// -----------------------------------------------------------------------------------------------------
+// -- shared memory --
 
 // Start of the block's dynamic shared memory, aligned to 128 bytes. Kernels use no other.
 SK_DEVICE Shared shared_memory() {
@@ -88,8 +86,7 @@ template <class T> SK_DEVICE void store_shared(Shared address, const T &value) {
     *static_cast<T *>(__cvta_shared_to_generic(address)) = value;
 }
 
-// -- global memory
-// -----------------------------------------------------------------------------------------------------
+// -- global memory --
 
 // Data that no thread writes during the kernel; T of 2, 4, 8 or 16 bytes.
 template <class T> SK_DEVICE T load_global(const T *address) {
@@ -102,8 +99,7 @@ template <class T> SK_DEVICE void store_global(T *address, const T &value) {
     *address = value;
 }
 
-// -- asynchronous copies: visible to this thread after cp_async_wait, to others after a barrier that follows it
-// ----------
+// -- asynchronous copies: visible to this thread after cp_async_wait, to others after a barrier that follows it --
 
 // 16 bytes, of which the first `bytes` (0..16) are read from `source` and the rest are zeros; both ends aligned to 16.
 // `source` must be a valid address even where bytes is 0.
@@ -118,8 +114,7 @@ template <int Pending> SK_DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// -- barriers and exchange
-// ---------------------------------------------------------------------------------------------
+// -- barriers and exchange --
 
 SK_DEVICE void barrier() {
     __syncthreads();
@@ -144,8 +139,7 @@ SK_DEVICE int first_bit(uint32_t mask) {
     return __ffs(static_cast<int>(mask)) - 1;
 }
 
-// -- fragments
-// ---------------------------------------------------------------------------------------------------------
+// -- fragments --
 
 // Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8, 16 bytes, aligned.
 SK_DEVICE void ldmatrix_x4(uint32_t (&to)[4], Shared row) {
@@ -161,8 +155,8 @@ SK_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], Shared row) {
                  : "memory");
 }
 
-// The same where `wanted`, which is equal over the warp; else `to` stays. No branch, across which the compiler would move
-// no instructions.
+// The same where `wanted`, which is equal over the warp; else `to` stays. No branch, across which the compiler would
+// move no instructions.
 SK_DEVICE void ldmatrix_x4_trans_if(bool wanted, uint32_t (&to)[4], Shared row) {
     asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n"
                  "@wanted ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n}"
@@ -216,8 +210,7 @@ template <> SK_DEVICE uint32_t round_operand<Tf32>(uint32_t bits) {
     return rounded;
 }
 
-// -- conversions
-// -------------------------------------------------------------------------------------------------------
+// -- conversions --
 
 // Two results as stored neighbours, rounded to nearest even; `low` comes first in memory.
 template <class E> SK_DEVICE uint32_t pack(float low, float high);
