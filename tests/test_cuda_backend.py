@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 import json
@@ -15,14 +16,16 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import tuning
-from sparsekern.backends import GPU, ConvGeometry, OpDesc, cuda, native, triton
+from sparsekern import element_mask, tuning
+from sparsekern.backends import GPU, ConvGeometry, OpDesc, cuda, dense, native, triton
 from sparsekern.backends.cuda import launch, model, plans, predicted
 from sparsekern.backends.cuda.plan import Plan
 from sparsekern.backends.gpu import chips, choose, families, passes, table
-from sparsekern.backends.gpu.problem import Problem, conv_problem
+from sparsekern.backends.gpu.problem import Problem, conv_problem, layer_problem
 from sparsekern.backends.triton.tile import Tile
-from sparsekern.layout import BlockGrid
+from sparsekern.layout import BlockGrid, BlockLayout
+
+from .support import random_layout
 
 backends = importlib.import_module("sparsekern.backends")  # sparsekern.backends is a function
 H200, A100 = chips.get("h200"), chips.get("a100")
@@ -698,3 +701,160 @@ def test_operands_of_another_kind_are_refused():
         launch._index(torch.empty(2, dtype=torch.int64), like)
     odd = torch.empty(64, dtype=torch.bfloat16)[1:33]
     assert launch._dense(odd, like, "values").data_ptr() % launch.ALIGNMENT == 0
+
+
+class Addresses:
+    """Stands in for ``_C.cuda``: computes from addresses and facts what the kernels promise, on CPU tensors."""
+
+    Step = SimpleNamespace(forward="forward", dgrad="dgrad")
+
+    def __init__(self):
+        self.plans = []
+
+    @staticmethod
+    def Problem(*facts):
+        names = "dtype groups bo bi capacity n c h w o p q r s sh sw top left dh dw"
+        return SimpleNamespace(**dict(zip(names.split(), facts, strict=True)))
+
+    @staticmethod
+    def ProductPlan(bm, images, height, width, warps, stages, splits):
+        assert bm == images * height * width
+        return ("product", warps, stages, splits)
+
+    @staticmethod
+    def WgradPlan(rows, cols, *cut):
+        return ("wgrad", rows, cols, *cut)
+
+    @staticmethod
+    def wgrad_workspace_bytes(problem, plan, with_bias):
+        return 4 * plan[-1] * (problem.capacity + with_bias) if plan[-1] > 1 else 0
+
+    @staticmethod
+    def at(address, dtype, *shape, strides=None):
+        numbers = math.prod(shape) if strides is None else 1 + sum((n - 1) * s for n, s in zip(shape, strides))
+        if numbers == 0 or 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        size = torch.empty(0, dtype=dtype).element_size()
+        flat = torch.frombuffer((ctypes.c_char * (numbers * size)).from_address(address), dtype=dtype)
+        return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+
+    def image(self, address, p, channels, height, width, ld):
+        strides = (height * width * ld, 1, width * ld, ld)
+        return self.at(address, torch.bfloat16, p.n, channels, height, width, strides=strides)
+
+    def operands(self, p, index):
+        grid = BlockGrid((p.o, p.c // p.groups, p.r, p.s), (p.bo, p.bi), p.groups)
+        layout = BlockLayout(grid, self.at(index, torch.int32, grid.index_size(p.capacity)))
+        layout.validate()
+        bottom = (p.p - 1) * p.sh + (p.r - 1) * p.dh + 1 - p.h - p.top  # what the output size implies
+        right = (p.q - 1) * p.sw + (p.s - 1) * p.dw + 1 - p.w - p.left
+        return grid, layout, ConvGeometry((p.sh, p.sw), (p.top, max(bottom, 0), p.left, max(right, 0)), (p.dh, p.dw))
+
+    def stationary(self, p, step, plan, source, ld, values, index, bias, result, device, stream):
+        assert (p.dtype, device, stream) == ("bfloat16", None, 77)
+        grid, layout, geometry = self.operands(p, index)
+        stored = self.at(values, torch.bfloat16, p.capacity, p.bo, p.bi)
+        if step == "forward":
+            b = self.at(bias, torch.bfloat16, p.o) if bias else None
+            y = dense.conv2d_forward(self.image(source, p, p.c, p.h, p.w, ld), stored, layout.index, b, grid, geometry)
+            self.image(result, p, p.o, p.p, p.q, p.o).copy_(y[:, :, : p.p, : p.q])
+        else:
+            dy, shape = self.image(source, p, p.o, p.p, p.q, ld), (p.n, p.c, p.h, p.w)
+            dx = dense.conv2d_dgrad(dy, stored, layout.index, shape, True, grid, geometry)
+            self.image(result, p, p.c, p.h, p.w, p.c).copy_(dx)
+        self.plans.append(plan)
+
+    streamed = stationary
+
+    def wgrad(self, p, plan, dy, dy_ld, x, x_ld, index, mask, workspace, dvalues, dbias, device, stream):
+        assert (workspace != 0) == (plan[-1] > 1) and (device, stream) == (None, 77)
+        grid, layout, geometry = self.operands(p, index)
+        bits = self.at(mask, torch.uint8, p.capacity, p.bo * p.bi // 8) if mask else None
+        images = self.image(dy, p, p.o, p.p, p.q, dy_ld), self.image(x, p, p.c, p.h, p.w, x_ld)
+        found, bias = dense.conv2d_wgrad(*images, layout.index, bits, dbias != 0, grid, geometry)
+        self.at(dvalues, torch.bfloat16, p.capacity, p.bo, p.bi).copy_(found)
+        if dbias:
+            self.at(dbias, torch.bfloat16, p.o).copy_(bias)
+        self.plans.append(plan)
+
+
+@pytest.fixture
+def addresses(monkeypatch):
+    module = Addresses()
+    for function in (launch._product, launch._gradient, launch.problem_object, launch.plan_object):
+        function.cache_clear()
+    monkeypatch.setattr(launch, "kernels", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    yield module
+    for function in (launch._product, launch._gradient, launch.problem_object, launch.plan_object):
+        function.cache_clear()
+
+
+def near(found, expected):
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "groups", "stride", "padding", "dilation"),
+    [
+        ((40, 56, 3, 3), 1, (1, 1), (1, 1, 1, 1), (1, 1)),
+        ((48, 32, 3, 2), 2, (2, 1), (0, 2, 1, 0), (1, 2)),
+        ((40, 56, 1, 1), 1, (1, 1), (0, 0, 0, 0), (1, 1)),
+        ((40, 56, 1, 1), 1, (2, 2), (0, 0, 0, 0), (1, 1)),
+    ],
+)
+def test_convolutions_hand_over_what_the_kernels_expect(addresses, weight, groups, stride, padding, dilation, masked):
+    grid, geometry = BlockGrid(weight, (16, 32), groups), ConvGeometry(stride, padding, dilation)
+    layout = random_layout(grid, 0.5, spare=2)
+
+    def draw(*shape):
+        image = torch.randn(*shape).bfloat16()
+        return image.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else image
+
+    x_shape = (3, weight[1] * groups, 9, 8)
+    x, dy = draw(*x_shape), draw(3, weight[0], *geometry.output_size(9, 8, grid.kernel_size))
+    values, bias = layout.from_dense(torch.randn(weight).bfloat16()), draw(weight[0])
+    bits = element_mask.pack(torch.rand(layout.capacity, 16, 32) < 0.5) if masked else None
+    for step in plans.STEPS:
+        problem = layer_problem(step, x.dtype, grid, geometry, x_shape, layout.capacity)
+        for plan in plans.candidates(problem, H200)[::5]:
+            if step == "forward":
+                y = cuda.forward(x, values, layout.index, bias, grid, geometry, plan)
+                near(y, dense.conv2d_forward(x, values, layout.index, bias, grid, geometry))
+                assert y.is_contiguous(memory_format=torch.channels_last)
+            elif step == "dgrad":
+                dx = cuda.dgrad(dy, values, layout.index, x_shape, grid, geometry, plan)
+                near(dx, dense.conv2d_dgrad(dy, values, layout.index, x_shape, True, grid, geometry))
+            else:
+                found = cuda.wgrad(dy, x, layout.index, bits, True, grid, geometry, plan)
+                for one, other in zip(found, dense.conv2d_wgrad(dy, x, layout.index, bits, True, grid, geometry)):
+                    near(one, other)
+            assert addresses.plans[-1][-1] == plan.splits
+
+
+def test_linear_layers_hand_over_what_the_kernels_expect(addresses):
+    grid = BlockGrid((40, 56), (16, 32))
+    layout = random_layout(grid, 0.5, spare=1)
+    wide, dy = torch.randn(30, 80).bfloat16(), torch.randn(40, 30).bfloat16().t()
+    x, values = wide[:, 8:64], layout.from_dense(torch.randn(40, 56).bfloat16())
+    index, facts = layout.index, (x.dtype, grid, None, x.shape, layout.capacity)
+    for plan in plans.candidates(layer_problem("forward", *facts), H200)[::4]:
+        near(cuda.forward(x, values, index, None, grid, None, plan), dense.linear_forward(x, values, index, None, grid))
+    for plan in plans.candidates(layer_problem("dgrad", *facts), H200)[::4]:
+        near(cuda.dgrad(dy, values, index, (30, 56), grid, None, plan), dense.linear_dgrad(dy, values, index, grid))
+    for plan in plans.candidates(layer_problem("wgrad", *facts), H200)[::4]:
+        for with_bias in (True, False):
+            found = cuda.wgrad(dy, x, index, None, with_bias, grid, None, plan)
+            for one, other in zip(found, dense.linear_wgrad(dy, x, index, None, with_bias, grid)):
+                near(one, other)
+
+
+def test_float32_is_handed_over_as_tf32_or_not_at_all(addresses, tf32):
+    grid = BlockGrid((32, 32), (16, 16))
+    layout = random_layout(grid, 0.5)
+    tf32("ieee", "ieee")
+    with pytest.raises(ValueError, match="dtype: expected bfloat16, float16 or TF32"):
+        cuda.forward(torch.randn(4, 32), layout.from_dense(torch.randn(32, 32)), layout.index, None, grid, None, PLAN)
+    tf32("tf32", "ieee")
+    assert launch.problem_object(layer_problem("forward", torch.float32, grid, None, (4, 32), 2)).dtype == "tf32"
