@@ -52,7 +52,7 @@ template <class E, bool Transposed, int Bm, int Nb, class Wait, class Store>
 SK_DEVICE void run(int stages, Feeder<E, Transposed, Nb> &feeder, Shared ring, const Shared (&rows)[Bm / 16],
                    const Wait &wait_for_tile, const Store &store) {
     using Step = WeightStep<E, Transposed, Nb>;
-    const Shared weights = ring + static_cast<Shared>(Step::lane_place(lane_id()));
+    const Shared weights = keep(ring + static_cast<Shared>(Step::lane_place(lane_id())));
     Sums<Bm, Nb> sums;
     clear<Bm, Nb>(sums);
     int place = stages - 1, vacant = stages - 2;

@@ -207,7 +207,7 @@ private:
 
     const StationaryArgs &args_;
     Units units_;
-    const int lane_ = lane_id();
+    const int lane_ = keep(lane_id());
     Shared taps_ = 0;
 
     // Per lane: where its chunks lie in the ring's first stage and in a block.
