@@ -128,3 +128,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda_precision() -> Iterator[Callable[[str], None]]:
+    """Asks PyTorch for "ieee" or "tf32" float32 in matrix products and convolutions, for one test."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+
+    def ask(precision: str) -> None:
+        for switch in switches:
+            switch.fp32_precision = precision
+
+    yield ask
+    for switch, setting in zip(switches, before, strict=True):
+        switch.fp32_precision = setting

@@ -8,9 +8,9 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.backends import ConvGeometry
-from sparsekern.layout import BlockGrid, BlockLayout
 
-from .support import assert_within, conv2d_reference, random_layout
+from .gpu_support import BOUNDS, DTYPES, capture, draw, on_gpu, other_blocks, training_layer
+from .support import assert_within, conv2d_reference
 
 pytest.importorskip("triton")
 
@@ -19,10 +19,6 @@ from sparsekern.backends.gpu.problem import Problem
 from sparsekern.backends.triton import model, tiles
 
 pytestmark = pytest.mark.gpu
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
-# Rounding of the output; tf32 rounds the operands to 10 bits of mantissa.
-BOUNDS = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "tf32": 2**-9}
 
 
 def shipped(main):
@@ -41,29 +37,6 @@ def tile_id(case):
     )
 
 
-@pytest.fixture
-def cuda_precision(request):
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [switch.fp32_precision for switch in switches]
-
-    def ask(precision):
-        for switch in switches:
-            switch.fp32_precision = precision
-
-    yield ask
-    for switch, setting in zip(switches, before, strict=True):
-        switch.fp32_precision = setting
-
-
-def draw(*shape, dtype=torch.float32):
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def on_gpu(shape, block, density, **how):
-    layout = random_layout(BlockGrid(shape, block), density, **how)
-    return BlockLayout(layout.grid, layout.index.cuda())
-
-
 @pytest.mark.parametrize("case", shipped(main=True), ids=tile_id)
 def test_main_tiles(case, cuda_precision):
     """Each tile at a ragged shape of several programs; the memory behind the outputs starts as NaN."""
@@ -75,8 +48,8 @@ def test_other_tiles(case, cuda_precision):
     check_tile(*case, cuda_precision)
 
 
-def check_tile(problem, tile, cuda_precision):
-    cuda_precision("tf32" if problem.dtype == "tf32" else "ieee")
+def check_tile(problem, tile, ask):
+    ask("tf32" if problem.dtype == "tf32" else "ieee")
     if problem.op.startswith("conv2d"):
         for stride in (1, 2):
             check_conv2d_tile(problem, tile, stride)
@@ -148,19 +121,6 @@ def check_conv2d_tile(problem, tile, stride):
         torch.testing.assert_close(got.double(), want, rtol=1e-2 if problem.dtype == "tf32" else 1e-4, atol=1e-3)
 
 
-def training_layer(block=32, density=0.2, dtype=torch.bfloat16):
-    dense = nn.Linear(512, 768, device="cuda", dtype=dtype)
-    layout = on_gpu((768, 512), (block, block), density)
-    return sk.SparseLinear.from_dense(dense, layout.mask(), block=block)
-
-
-def other_blocks(layer):
-    """Another block mask with as many blocks; made without a host sync."""
-    scores = torch.rand(layer.layout.grid.blocks, device="cuda")
-    keep = scores.topk(layer.layout.capacity).indices
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, keep, True)
-
-
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_no_host_sync(backend, monkeypatch):
     """A step, a topology update and a score pass leave the host free."""
@@ -191,15 +151,7 @@ def test_cuda_graph_survives_a_topology_update(monkeypatch):
         y = layer(x)
         return (y, *torch.autograd.grad(y, parameters, dy))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(2):
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
