@@ -32,10 +32,10 @@ public:
 
     SK_DEVICE void store(Sums<Outputs> &sums) const {
         if (bias_) add_bias(sums);
-        if constexpr (E::bytes == 2) {
-            store_chunks(sums);
+        if (aligned_ && left_ >= Outputs) {
+            store_rows<true>(sums);
         } else {
-            store_pairs(sums);
+            store_rows<false>(sums);
         }
     }
 
@@ -56,28 +56,35 @@ private:
         }
     }
 
-    // A lane holds pairs of outputs. The quad turns four chunks of 16 bytes so that each of its lanes has one whole:
-    // neighbouring lanes then fill sectors of 32 bytes.
-    SK_DEVICE void store_chunks(const Sums<Outputs> &sums) const {
+    template <bool Whole> SK_DEVICE void store_rows(const Sums<Outputs> &sums) const {
         SK_UNROLL
-        for (int four = 0; four < Outputs / 8; four += 4) {
-            const int output = (four + lane_id() % 4) * 8;
-            SK_UNROLL
-            for (int row = 0; row < ROWS; ++row) {
-                uint32_t words[4];
-                SK_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const float (&c)[4] = sums[row / 2][four + i];
-                    words[i] = pack<E>(c[row % 2 * 2], c[row % 2 * 2 + 1]);
-                }
-                transpose_quad(words, lane_id());
-                if (place_[row] >= 0) store_chunk(result_ + place_[row] + output, words, left_ - output);
+        for (int row = 0; row < ROWS; ++row) {
+            if constexpr (E::bytes == 2) {
+                store_chunks<Whole>(sums[row / 2], row);
+            } else {
+                store_pairs<Whole>(sums[row / 2], row);
             }
         }
     }
 
-    SK_DEVICE void store_chunk(Storage *to, const uint32_t (&words)[4], int count) const {
-        if (aligned_ && count >= 8) {
+    // A lane holds pairs of outputs. The quad turns four chunks of 16 bytes so that each of its lanes has one whole:
+    // neighbouring lanes then fill sectors of 32 bytes.
+    template <bool Whole> SK_DEVICE void store_chunks(const float (&sums)[Outputs / 8][4], int row) const {
+        SK_UNROLL
+        for (int four = 0; four < Outputs / 8; four += 4) {
+            uint32_t words[4];
+            SK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                words[i] = pack<E>(sums[four + i][row % 2 * 2], sums[four + i][row % 2 * 2 + 1]);
+            }
+            transpose_quad(words, lane_id());
+            const int output = (four + lane_id() % 4) * 8;
+            if (place_[row] >= 0) store_chunk<Whole>(result_ + place_[row] + output, words, left_ - output);
+        }
+    }
+
+    template <bool Whole> SK_DEVICE static void store_chunk(Storage *to, const uint32_t (&words)[4], int count) {
+        if (Whole) {
             store_global(reinterpret_cast<Words4 *>(to), Words4{words[0], words[1], words[2], words[3]});
             return;
         }
@@ -88,30 +95,25 @@ private:
     }
 
     // Two outputs of 4 bytes per lane: a quad fills a sector.
-    SK_DEVICE void store_pairs(const Sums<Outputs> &sums) const {
+    template <bool Whole> SK_DEVICE void store_pairs(const float (&sums)[Outputs / 8][4], int row) const {
         SK_UNROLL
         for (int j = 0; j < Outputs / 8; ++j) {
             const int output = j * 8 + lane_id() % 4 * 2;
-            SK_UNROLL
-            for (int row = 0; row < ROWS; ++row) {
-                const float (&c)[4] = sums[row / 2][j];
-                if (place_[row] < 0) continue;
-                store_pair(reinterpret_cast<float *>(result_) + place_[row] + output, c[row % 2 * 2],
-                           c[row % 2 * 2 + 1], left_ - output);
-            }
+            auto *to = reinterpret_cast<float *>(result_) + place_[row] + output;
+            if (place_[row] >= 0) store_pair<Whole>(to, sums[j][row % 2 * 2], sums[j][row % 2 * 2 + 1], left_ - output);
         }
     }
 
-    SK_DEVICE void store_pair(float *to, float low, float high, int count) const {
+    template <bool Whole> SK_DEVICE static void store_pair(float *to, float low, float high, int count) {
         struct alignas(8) Pair {
             float low, high;
         };
-        if (aligned_ && count >= 2) {
+        if (Whole) {
             store_global(reinterpret_cast<Pair *>(to), Pair{low, high});
-        } else if (count >= 1) {
-            store_global(to, low);
-            if (count >= 2) store_global(to + 1, high);
+            return;
         }
+        if (count >= 1) store_global(to, low);
+        if (count >= 2) store_global(to + 1, high);
     }
 
     const bool aligned_;  // every pixel's outputs begin on 16 bytes
