@@ -49,15 +49,6 @@ int64_t odd_pitch(int64_t bytes) {
     return bytes / 16 % 2 == 0 ? bytes + 16 : bytes;
 }
 
-// Few threads per pixel cost the fewest instructions; 8 still read whole lines of 128 bytes and meet no bank conflict.
-// More where there are threads to spare.
-int log2_lanes_per_row(int64_t rows, int64_t chunks, int threads) {
-    int log2 = 0;
-    while (1 << log2 < chunks && log2 < 5) ++log2;
-    while (log2 > 3 && threads >> log2 < rows) --log2;
-    return log2;
-}
-
 struct Reserve {
     int64_t used = 0;
     int64_t operator()(int64_t bytes) {
@@ -90,21 +81,20 @@ WgradCut cut_wgrad(const Problem &a, const WgradPlan &plan) {
     reserve(plan.stages * stage);
     const int64_t dy_places = reserve(pixels * 8), x_places = reserve(x_rows * 8);
     const int64_t x_row_table = reserve(pixels * 4), list = reserve(pieces * 16), counts = reserve(plan.rows * 4);
+    const int64_t channels = reserve(32), window = reserve(32);
     expect(reserve.used <= MOST_SHARED_BYTES, "shared memory",
            "of at most " + std::to_string(MOST_SHARED_BYTES) + " bytes", reserve.used,
            "use a smaller window or tile, or fewer stages");
 
-    const auto tile = [&](int64_t h, int64_t w, int64_t count, int64_t pitch, int64_t bytes, int64_t places) {
-        return TileCut{int(h),     int(w), int(count), int(pitch), log2_lanes_per_row(count, bytes / 16, int(threads)),
-                       int(places)};
-    };
     WgradCut cut;
-    cut.dy = tile(plan.tile_h, plan.tile_w, pixels, dy_pitch, dy_bytes, dy_places);
-    cut.x = tile(height, width, x_rows, x_pitch, x_bytes, x_places);
+    cut.dy = {plan.tile_h, plan.tile_w, int(pixels), int(dy_pitch), 0, int(dy_places), int(channels)};
+    cut.x = {int(height),   int(width),        int(x_rows), int(x_pitch), int(COPY_LANES * pixels % threads),
+             int(x_places), int(channels) + 16};
     cut.stage_bytes = int(stage);
     cut.x_rows = int(x_row_table);
     cut.pieces = int(list);
     cut.counts = int(counts);
+    cut.window = int(window);
     cut.shared_bytes = int(reserve.used);
     cut.bias_columns = plan.rows * a.bo / 4;
     cut.bias_parts = int(std::min(threads / cut.bias_columns, pixels));

@@ -68,14 +68,13 @@ SK_DEVICE void write_x_rows(const WgradArgs &args) {
     }
 }
 
-template <class E>
-SK_DEVICE void copy_stage(const WgradArgs &args, const Window &window, Shared stage, const TilePlace &tile) {
+template <class E> SK_DEVICE void copy_stage(const WgradArgs &args, Shared stage, const TilePlace &tile) {
     const WgradCut &cut = args.cut;
     const int64_t n = int64_t{tile.n} * cut.tile_images;
     const int y = tile.y * cut.dy.height, x = tile.x * cut.dy.width;
-    copy_tile<E>(stage, shared_memory() + cut.dy.places, cut.dy, args.dy, args.dy_aligned, n, y, x, window.out(args));
-    copy_tile<E>(stage + cut.dy.rows * cut.dy.pitch, shared_memory() + cut.x.places, cut.x, args.x, args.x_aligned, n,
-                 y * args.stride_h - args.pad_top, x * args.stride_w - args.pad_left, window.in(args));
+    copy_tile<E>(stage, cut.dy, args.dy, args.dy_aligned, n, y, x);
+    copy_tile<E>(stage + cut.dy.rows * cut.dy.pitch, cut.x, args.x, args.x_aligned, n, y * args.stride_h - args.pad_top,
+                 x * args.stride_w - args.pad_left);
 }
 
 // Until only the newest stages - 2 tiles are under way.
@@ -91,33 +90,33 @@ SK_DEVICE void wait_for_tile(int stages) {
 
 // All tiles of this split.
 template <class T>
-SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Window &window, const Share<T> &share,
-                                Accumulators<T> &sums, BiasSums<typename T::E> &bias) {
+SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Accumulators<T> &sums,
+                                BiasSums<typename T::E> &bias) {
     using E = typename T::E;
     const WgradCut &cut = args.cut;
     const int64_t first = cut.tiles * block_y() / args.splits;
     const int tiles = static_cast<int>(cut.tiles * (block_y() + 1) / args.splits - first);
     const Shared ring = shared_memory(), last_stage = ring + (args.stages - 1) * cut.stage_bytes;
-    TilePlace place = tile_place(cut, first);
-    const auto copy_next = [&](Shared stage) {
-        copy_stage<E>(args, window, stage, place);
-        next_tile(cut, place);
-    };
-    for (int i = 0; i < args.stages - 1; ++i) {
-        if (i < tiles) copy_next(ring + i * cut.stage_bytes);
-        cp_async_commit();
-    }
-    Shared stage = ring;
     const int dy_bytes = cut.dy.rows * cut.dy.pitch;
-    for (int left = tiles; left > 0; --left) {
-        wait_for_tile(args.stages);
-        round_tile<E>(stage + dy_bytes, cut.x, window.cols * args.bi());
-        barrier();  // all threads' copies of this tile have arrived, and all have read the one before
-        if (left >= args.stages) copy_next(stage == ring ? last_stage : stage - cut.stage_bytes);
+    TilePlace place = tile_place(cut, first);
+    Shared free = ring;
+    for (int tile = 1 - args.stages; tile < tiles; ++tile) {
+        const Shared stage = free == last_stage ? ring : free + cut.stage_bytes;  // where `tile` lies
+        if (tile >= 0) {
+            wait_for_tile(args.stages);
+            round_tile<E>(stage + dy_bytes, cut.x);
+            barrier();  // all threads' copies of this tile have arrived, and all have read the one before
+        }
+        if (tile + args.stages - 1 < tiles) {
+            copy_stage<E>(args, free, place);
+            next_tile(cut, place);
+        }
         cp_async_commit();
-        multiply_share<T>(cut, stage, stage + dy_bytes, share, sums);
-        bias.add(cut, stage);
-        stage = stage == last_stage ? ring : stage + cut.stage_bytes;
+        if (tile >= 0) {
+            multiply_share<T>(cut, stage, stage + dy_bytes, share, sums);
+            bias.add(cut, stage);
+        }
+        free = stage;
     }
     cp_async_wait<0>();
     barrier();
@@ -183,32 +182,42 @@ template <class E> SK_DEVICE void clear_spare_slots(const WgradArgs &args) {
 // -- kernel
 // ----------------------------------------------------------------------------------------------------------------------
 
-template <class T> SK_KERNEL(WGRAD_THREADS, 1) wgrad_kernel(SK_ARGS(WgradArgs) args) {
-    using E = typename T::E;
-    const Window window(args);
+SK_DEVICE void write_tables(const WgradArgs &args) {
+    const Window window = find_window(args);
+    if (thread_id() == 0) write_window(args, window);
     write_places(shared_memory() + args.cut.dy.places, args.cut.dy, args.dy);
     write_places(shared_memory() + args.cut.x.places, args.cut.x, args.x);
     write_x_rows(args);
     count_blocks(args, window);
+}
+
+// The window's pieces from `first` on, as many as the warps hold, or an even share of what is left; returns how many.
+template <class T> SK_DEVICE int pass(const WgradArgs &args, int first) {
+    using E = typename T::E;
+    const Window window = read_window(args);
+    const int held = T::pieces * (thread_count() / 32), left = pieces_of<T>(args, window) - first;
+    const int passes = (left + held - 1) / held, size = left ? (left + passes - 1) / passes : 0;
+    list_pieces<T>(args, window, first, first + size);
     barrier();
-    const int held = T::pieces * (thread_count() / 32);
+    const Share<T> share(args, size);
+    Accumulators<T> sums{};
+    const bool with_bias = window.bias && first == 0;
+    BiasSums<E> bias(args, with_bias);
+    if (size || with_bias) pass_over_pixels<T>(args, share, sums, bias);
+    store_share<T>(args, share, sums);
+    if (with_bias) bias.store(args);
+    return size;
+}
+
+template <class T> SK_KERNEL(WGRAD_THREADS, 1) wgrad_kernel(SK_ARGS(WgradArgs) args) {
+    if (!args.partial) clear_spare_slots<typename T::E>(args);
+    write_tables(args);
+    barrier();
     int first = 0;
     do {
-        const int left = pieces_of<T>(args, window) - first;  // counted again, which costs less than a register
-        const int passes = (left + held - 1) / held, size = left ? (left + passes - 1) / passes : 0;
-        list_pieces<T>(args, window, first, first + size);
-        barrier();
-        const Share<T> share(args, size);
-        Accumulators<T> sums{};
-        const bool with_bias = window.bias && first == 0;
-        BiasSums<E> bias(args, window, with_bias);
-        if (left || with_bias) pass_over_pixels<T>(args, window, share, sums, bias);
-        store_share<T>(args, share, sums);
-        if (with_bias) bias.store(args, window);
+        first += pass<T>(args, first);
         barrier();  // list and ring are free
-        first += size;
-    } while (first < pieces_of<T>(args, window));
-    if (!args.partial) clear_spare_slots<E>(args);
+    } while (first < pieces_of<T>(args, read_window(args)));
 }
 
 // -- host

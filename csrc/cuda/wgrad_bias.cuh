@@ -10,11 +10,11 @@ namespace cuda {
 
 template <class E> class BiasSums {
 public:
-    SK_DEVICE explicit BiasSums(const WgradArgs &args, const Window &window, bool wanted) : first_(-1) {
+    SK_DEVICE explicit BiasSums(const WgradArgs &args, bool wanted) : first_(-1) {
         SK_UNROLL
         for (int i = 0; i < chunk; ++i) sums_[i] = 0;
         const int part = thread_id() / args.cut.bias_columns, column = thread_id() % args.cut.bias_columns;
-        if (wanted && part < args.cut.bias_parts && column * chunk < window.rows * args.bo()) {
+        if (wanted && part < args.cut.bias_parts && column * chunk < read_channels(args.cut.dy).padded) {
             first_ = part * args.cut.dy.pitch + column * chunk * E::bytes;
         }
     }
@@ -34,7 +34,7 @@ public:
     }
 
     // The ring is free now: the tiles of two stages hold the parts in any case.
-    SK_DEVICE void store(const WgradArgs &args, const Window &window) const {
+    SK_DEVICE void store(const WgradArgs &args) const {
         const int width = args.cut.bias_columns * chunk, part = thread_id() / args.cut.bias_columns;
         if (first_ >= 0) {
             const int column = thread_id() % args.cut.bias_columns * chunk;
@@ -42,7 +42,7 @@ public:
             for (int i = 0; i < chunk; ++i) store_shared(shared_memory() + (part * width + column + i) * 4, sums_[i]);
         }
         barrier();
-        const Channels out = window.out(args);
+        const Channels out = read_channels(args.cut.dy);
         for (int o = thread_id(); o < out.count; o += thread_count()) {
             float sum = 0;
             for (int i = 0; i < args.cut.bias_parts; ++i) {

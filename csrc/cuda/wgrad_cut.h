@@ -15,13 +15,18 @@ constexpr int wgrad_pieces_per_warp(int piece_o, int piece_i) {
     return 64 * 32 / (piece_o * piece_i);
 }
 
+// Threads that copy one pixel together: 8 read whole lines of 128 bytes and meet no bank conflict, and the fewer they
+// are, the fewer instructions it costs to find the pixels.
+constexpr int COPY_LANES = 8;
+
 // Pixels of dy or of x in shared memory, image-major.
 struct TileCut {
     int height, width;  // of its box
     int rows;           // pixels
     int pitch;          // bytes from one pixel to the next
-    int log2_lanes;     // of the threads that copy one pixel
+    int turn;           // threads after which those come that copy it
     int places;         // where in shared memory the table of pixels' places in the image starts
+    int channels;       // and where it is written which channels they bring
 };
 
 struct WgradCut {
@@ -29,6 +34,7 @@ struct WgradCut {
     int stage_bytes;     // one tile of dy, then one of x
     int x_rows;          // where the table starts that gives each output pixel its row in the tile of x
     int pieces, counts;  // where the work list and the rows' numbers of blocks start
+    int window;          // where it is written what the thread block owns
     int shared_bytes;    // of all
     int bias_columns;    // of 4 channels in a tile of dy
     int bias_parts;      // threads that share such a column, each with its own pixels

@@ -29,30 +29,42 @@ struct WgradArgs {
     SK_DEVICE int bi() const { return 1 << gradient.log2_bi; }
 };
 
-// What one thread block owns.
+// What one thread block owns: found once, then kept in shared memory.
 struct Window {
     int group;
     int row, rows;  // block rows of the group
     int col, cols;  // block columns
-    bool bias;      // whether it sums dbias
-
-    SK_DEVICE explicit Window(const WgradArgs &args) : group(block_z()) {
-        row = block_x() / args.cut.col_windows * args.rows;
-        col = block_x() % args.cut.col_windows * args.cols;
-        rows = smaller(args.rows, args.gradient.rows - row);
-        cols = smaller(args.cols, args.gradient.cols - col);
-        bias = args.with_bias && col == 0;
-    }
-    // The window's channels of dy and x.
-    SK_DEVICE Channels out(const WgradArgs &args) const {
-        const int first = row * args.bo(), size = rows * args.bo();
-        return {group * args.gradient.out_per_group + first, smaller(size, args.gradient.out_per_group - first), size};
-    }
-    SK_DEVICE Channels in(const WgradArgs &args) const {
-        const int first = col * args.bi(), size = cols * args.bi();
-        return {group * args.gradient.in_per_group + first, smaller(size, args.gradient.in_per_group - first), size};
-    }
+    int bias;       // whether it sums dbias
 };
+
+SK_DEVICE Window find_window(const WgradArgs &args) {
+    Window a;
+    a.group = block_z();
+    a.row = block_x() / args.cut.col_windows * args.rows;
+    a.col = block_x() % args.cut.col_windows * args.cols;
+    a.rows = smaller(args.rows, args.gradient.rows - a.row);
+    a.cols = smaller(args.cols, args.gradient.cols - a.col);
+    a.bias = args.with_bias && a.col == 0;
+    return a;
+}
+
+SK_DEVICE void write_window(const WgradArgs &args, const Window &a) {
+    const GradientArgs &of = args.gradient;
+    const Shared to = shared_memory() + args.cut.window;
+    store_shared(to, Words4{static_cast<uint32_t>(a.group), static_cast<uint32_t>(a.row), static_cast<uint32_t>(a.rows),
+                            static_cast<uint32_t>(a.col)});
+    store_shared(to + 16, Words2{static_cast<uint32_t>(a.cols), static_cast<uint32_t>(a.bias)});
+    const int o = a.row * args.bo(), os = a.rows * args.bo(), i = a.col * args.bi(), is = a.cols * args.bi();
+    write_channels(args.cut.dy, {a.group * of.out_per_group + o, smaller(os, of.out_per_group - o), os});
+    write_channels(args.cut.x, {a.group * of.in_per_group + i, smaller(is, of.in_per_group - i), is});
+}
+
+SK_DEVICE Window read_window(const WgradArgs &args) {
+    const Words4 a = load_shared<Words4>(shared_memory() + args.cut.window);
+    const Words2 b = load_shared<Words2>(shared_memory() + args.cut.window + 16);
+    return {static_cast<int>(a.x), static_cast<int>(a.y), static_cast<int>(a.z),
+            static_cast<int>(a.w), static_cast<int>(b.x), static_cast<int>(b.y)};
+}
 
 // Calls visit(rank, slot, col) for the window's entries of one of its block rows, rank counting them; returns how many.
 template <class Visit>
