@@ -17,6 +17,8 @@ import pytest
 import sparsekern
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "cmake"))
+from nvcc import find_nvcc  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -194,15 +196,64 @@ def test_mode_auto_goes_on_without_a_compiler(source: Path, tmp_path: Path) -> N
     assert "SPARSEKERN_BUILD=cpu: this step failed" in failed.stdout + failed.stderr
 
 
+NO_NVCC = "/no/such/nvcc"
+
+
 @pytest.mark.slow
-def test_mode_cuda_fails_loudly(source: Path, tmp_path: Path) -> None:
-    if list((source / "csrc" / "cuda").glob("*.cu")) and shutil.which("nvcc"):
-        pytest.skip("CUDA kernels can be built here")
-    done, wheels = wheel(source, tmp_path, SPARSEKERN_BUILD="cuda")
+def test_mode_cuda_fails_loudly_without_nvcc(source: Path, tmp_path: Path) -> None:
+    done, wheels = wheel(source, tmp_path, SPARSEKERN_BUILD="cuda", CUDACXX=NO_NVCC)
     assert done.returncode != 0 and not wheels
-    assert re.search(
-        r"SPARSEKERN_BUILD=cuda: (this version has no CUDA sources|nvcc was not found)", done.stdout + done.stderr
+    assert (
+        f"SPARSEKERN_BUILD=cuda: CUDACXX={NO_NVCC} is no program; install the CUDA toolkit" in done.stdout + done.stderr
     )
+
+
+@pytest.mark.slow
+def test_mode_auto_says_that_nvcc_is_missing(source: Path, tmp_path: Path) -> None:
+    done, wheels = wheel(source, tmp_path, SPARSEKERN_BUILD="auto", CUDACXX=NO_NVCC)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert f"sparsekern: no CUDA kernels: CUDACXX={NO_NVCC} is no program" in output
+    assert "sparsekern: built: CPU kernels" in output
+    assert build_record(wheels[0])["native"] == "cpu" and not build_record(wheels[0])["error"]
+
+
+@pytest.mark.slow
+def test_mode_auto_goes_on_without_cuda_kernels_that_do_not_compile(source: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done, wheels = wheel(source, tmp_path, SPARSEKERN_BUILD="auto", CUDACXX=str(broken))
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("sparsekern: WARNING: no cuda kernels, going on without") == 1
+    assert build_record(wheels[0])["native"] == "cpu" and build_record(wheels[0])["error"]
+
+
+@pytest.mark.slow
+def test_cuda_kernels_are_built_installed_and_shown(source: Path, tmp_path: Path) -> None:
+    if missing := find_nvcc()[1]:
+        pytest.skip(missing)
+    done, wheels = wheel(source, tmp_path, SPARSEKERN_BUILD="auto", TORCH_CUDA_ARCH_LIST="9.0a")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert re.search(r"built: CPU and CUDA kernels .*cuda_archs 9\.0a.*_C [\d.]+ MB, of which CUDA [\d.]+ MB", output)
+    record = build_record(wheels[0])
+    assert record["native"] == "cuda" and record["cuda_archs"] == "9.0a"
+    assert 1e6 < int(str(record["cuda_bytes"])) < int(str(record["bytes"])) < 64e6
+
+    installed = tmp_path / "installed"
+    assert pip("install", "--no-deps", "--target", str(installed), str(wheels[0])).returncode == 0
+    doctor = subprocess.run(
+        [sys.executable, "-m", "sparsekern"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert str(installed) in doctor.stdout
+    assert re.search(r"kernels +for 9\.0a, by nvcc \d+\.\d+\.\d+, [\d.]+ MB", doctor.stdout), doctor.stdout
 
 
 @pytest.mark.slow
