@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "streamed.h"
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -18,16 +19,30 @@ static bool is_edge(int edge) {
     return edge == 16 || edge == 32 || edge == 64 || edge == 128;
 }
 
+static void check_positive(const char *what, std::initializer_list<int> sizes) {
+    for (const int size : sizes) {
+        if (size < 1) refuse(std::string(what) + " of at least 1", std::to_string(size), "check the shapes");
+    }
+}
+
 static void check_problem(const Problem &a, Step step) {
     if (step == Step::wgrad) refuse("forward or dgrad", "wgrad", "use the wgrad kernel");
     if (!is_edge(a.bo) || !is_edge(a.bi)) {
         refuse("block edges of 16, 32, 64 or 128", std::to_string(a.bo) + " x " + std::to_string(a.bi),
                "use another backend");
     }
+    check_positive("sizes", {a.groups, a.c, a.h, a.w, a.o, a.p, a.q, a.r, a.s});
+    check_positive("strides and dilations", {a.stride_h, a.stride_w, a.dilation_h, a.dilation_w});
+    if (a.n < 0) refuse("0 or more images", std::to_string(a.n), "check the shapes");
+    if (a.c % a.groups || a.o % a.groups) {
+        refuse("groups that divide c and o",
+               std::to_string(a.groups) + " for " + std::to_string(a.c) + " and " + std::to_string(a.o),
+               "check the shapes");
+    }
     // A pixel's valid taps are kept as bits, one per filter row and one per filter column.
     if (a.r + a.s > 30) {
         refuse("a filter whose height and width add up to at most 30",
-               std::to_string(a.r) + " x " + std::to_string(a.s), "use another backend");
+               std::to_string(a.r) + " x " + std::to_string(a.s), "use another kernel");
     }
 }
 
@@ -62,9 +77,14 @@ int64_t streamed_shared_bytes(const Problem &problem, Step step, const ProductPl
 
 void streamed(const Problem &problem, Step step, const ProductPlan &plan, const void *source, int64_t source_ld,
               const void *values, const int32_t *index, const void *bias, void *result, const Stream &stream) {
-    const streaming::Call call{problem, step,  plan, source, source_ld,
-                               values,  index, bias, result, streamed_shared_bytes(problem, step, plan),
-                               stream};
+    const int64_t shared_bytes = streamed_shared_bytes(problem, step, plan);
+    const int channels = step == Step::forward ? problem.c : problem.o;
+    if (source_ld < channels) {
+        streaming::refuse("source_ld of at least the " + std::to_string(channels) + " channels",
+                          std::to_string(source_ld), "pass the elements from one pixel to the next");
+    }
+    const streaming::Call call{problem, step, plan,   source,       source_ld, values,
+                               index,   bias, result, shared_bytes, stream};
     if (step == Step::dgrad && bias) streaming::refuse("no bias in dgrad", "one", "pass null");
     if (reinterpret_cast<uintptr_t>(values) % 16 != 0) {
         streaming::refuse("values at a multiple of 16 bytes",

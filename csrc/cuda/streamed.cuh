@@ -185,7 +185,8 @@ template <int Outputs> SK_DEVICE void clear(Sums<Outputs> &sums) {
     for (int i = 0; i < Outputs; ++i) sums[i / (Outputs / 2)][i / 4 % (Outputs / 8)][i % 4] = 0.0f;
 }
 
-// The sums of a panel of 128 outputs take 128 registers, and a multiprocessor has them for 8 warps.
+// The sums of a panel of 128 outputs take 128 registers of each thread, and a multiprocessor has room for 8 such warps;
+// those of 64 outputs leave room for 16.
 template <class E, bool Transposed, int Edge> SK_KERNEL(256, Edge == 64 ? 2 : 1) kernel(SK_ARGS(Args) args) {
     using T = Traits<E, Transposed, Edge>;
     const Spot spot = spot_of<Transposed>(args, block_x());

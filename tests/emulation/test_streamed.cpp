@@ -77,31 +77,27 @@ std::vector<Case> edge_cases() {
     return numbered(cases, 4000);
 }
 
-void expect_refusal(Tally &tally, const std::string &test, const std::string &says, const Problem &a, Step step,
-                    const ProductPlan &plan) {
+template <class Call> void expect_refusal(Tally &tally, const std::string &test, const std::string &says, Call call) {
     if (!tally.wants("streamed refuses " + test)) return;
     std::string got = "nothing";
     try {
-        streamed_shared_bytes(a, step, plan);
+        call();
     } catch (const std::invalid_argument &error) {
         got = error.what();
     }
     tally.report(got.find(says) != std::string::npos, test, "expected an error with \"" + says + "\", got " + got);
 }
 
+const Problem some_problem = linear(64, 32, 32).problem(Dtype::bfloat16);
+const ProductPlan some_plan{64, 64, 1, 1, 2, 3, 1};
+
 void test_plans(Tally &tally) {
-    const Problem a = linear(64, 32, 32).problem(Dtype::bfloat16);
-    const ProductPlan good{64, 64, 1, 1, 2, 3, 1};
     const auto refuses = [&](const std::string &test, const std::string &says, auto change) {
-        Problem problem = a;
-        ProductPlan plan = good;
+        Problem problem = some_problem;
+        ProductPlan plan = some_plan;
         change(problem, plan);
-        expect_refusal(tally, test, says, problem, Step::forward, plan);
+        expect_refusal(tally, test, says, [&] { streamed_shared_bytes(problem, Step::forward, plan); });
     };
-    if (tally.wants("streamed shared bytes")) {
-        const int64_t got = streamed_shared_bytes(a, Step::forward, good), due = 3 * (64 + 128) * 128 + 16;
-        tally.report(got == due, "shared bytes", "expected " + std::to_string(due) + ", got " + std::to_string(got));
-    }
     refuses("warps", "expected 2, 4 or 8 warps, got 3", [](Problem &, ProductPlan &b) { b.warps = 3; });
     refuses("bm", "expected bm = 32 * warps = 64, got 128", [](Problem &, ProductPlan &b) { b.bm = 128; });
     refuses("tile", "expected a tile of bm = 64 pixels, got 32 x 1 x 1",
@@ -113,7 +109,40 @@ void test_plans(Tally &tally) {
     refuses("edges", "expected block edges of 16, 32, 64 or 128, got 8 x 16",
             [](Problem &b, ProductPlan &) { b.bo = 8; });
     refuses("filter", "add up to at most 30, got 15 x 16", [](Problem &b, ProductPlan &) { b.r = 15, b.s = 16; });
-    expect_refusal(tally, "wgrad", "expected forward or dgrad, got wgrad", a, Step::wgrad, good);
+    refuses("groups", "expected groups that divide c and o, got 3 for 32 and 32",
+            [](Problem &b, ProductPlan &) { b.groups = 3; });
+    refuses("strides", "expected strides and dilations of at least 1, got 0",
+            [](Problem &b, ProductPlan &) { b.stride_w = 0; });
+    expect_refusal(tally, "wgrad", "expected forward or dgrad, got wgrad",
+                   [] { streamed_shared_bytes(some_problem, Step::wgrad, some_plan); });
+
+    if (tally.wants("streamed shared bytes")) {
+        const int64_t got = streamed_shared_bytes(some_problem, Step::forward, some_plan);
+        const int64_t due = 3 * (64 + 128) * 128 + 16;
+        tally.report(got == due, "shared bytes", "expected " + std::to_string(due) + ", got " + std::to_string(got));
+    }
+}
+
+void test_arguments(Tally &tally) {
+    alignas(16) static char memory[64];
+    const auto refuses = [&](const std::string &test, const std::string &says, Step step, int64_t source_ld,
+                             const void *values, const void *bias) {
+        expect_refusal(tally, test, says, [&] {
+            streamed(some_problem, step, some_plan, memory, source_ld, values, nullptr, bias, memory, Stream{});
+        });
+    };
+    refuses("source_ld", "expected source_ld of at least the 32 channels, got 31", Step::forward, 31, memory, nullptr);
+    refuses("values", "expected values at a multiple of 16 bytes, got 2 bytes past one", Step::forward, 32, memory + 2,
+            nullptr);
+    refuses("bias", "expected no bias in dgrad", Step::dgrad, 32, memory, memory);
+    // A tile of 64 images of 2^26 pixels each; 2^32 elements of 32 channels.
+    Problem large = some_problem;
+    ProductPlan plan = some_plan;
+    large.n = 64, large.h = large.w = large.p = large.q = 1 << 13;
+    expect_refusal(tally, "span", "expected a tile that spans at most 2147483647 x 16 bytes", [&] {
+        streamed(large, Step::forward, plan, memory, 32, memory, reinterpret_cast<const int32_t *>(memory), nullptr,
+                 memory, Stream{});
+    });
 }
 
 }  // namespace
@@ -122,6 +151,7 @@ void test_plans(Tally &tally) {
 int main(int argc, char **argv) {
     sktest::Tally tally(argc, argv);
     sktest::test_plans(tally);
+    sktest::test_arguments(tally);
     sktest::test_cases(tally, sktest::first_cases());
     sktest::test_cases(tally, sktest::edge_cases());
     sktest::test_cases(tally, sktest::linear_cases());
