@@ -38,8 +38,8 @@ public:
         const int width = args.cut.bias_columns * chunk, part = thread_id() / args.cut.bias_columns;
         if (first_ >= 0) {
             const int column = thread_id() % args.cut.bias_columns * chunk;
-            SK_UNROLL
-            for (int i = 0; i < chunk; ++i) store_shared(shared_memory() + (part * width + column + i) * 4, sums_[i]);
+            store_shared(shared_memory() + (part * width + column) * 4,
+                         Floats4{sums_[0], sums_[1], sums_[2], sums_[3]});
         }
         barrier();
         const Channels out = read_channels(args.cut.dy);
