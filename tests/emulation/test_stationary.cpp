@@ -4,7 +4,7 @@
 
 #include "runner.h"
 
-// The library's own sources: one translation unit, so that nothing is compiled twice.
+// The library's own sources: each test is one translation unit.
 #include "stationary.cpp"
 #include "stationary_bf16.cu"
 #include "stationary_fp16.cu"
@@ -19,55 +19,124 @@ using sparsekern::cuda::stationary_shared_bytes;
 using sparsekern::cuda::Stream;
 
 bool is_linear(const Problem &a) {
-    return a.h == 1 && a.w == 1 && a.r == 1 && a.s == 1;
+    return a.h * a.w * a.taps() == 1;
 }
 
-// Tiles of bm pixels over an image; which one goes by number.
-void set_tile(ProductPlan &plan, const Problem &a, uint32_t number) {
-    static const int shapes[][2] = {{4, 8}, {2, 4}, {1, 8}, {8, 4}, {1, 1}, {2, 16}, {3, 1}};
-    const int *shape = shapes[number % 7];
-    plan.tile_h = 1, plan.tile_w = 1;
-    if (!is_linear(a) && plan.bm % (shape[0] * shape[1]) == 0) plan.tile_h = shape[0], plan.tile_w = shape[1];
-    plan.tile_images = plan.bm / (plan.tile_h * plan.tile_w);
+std::string text(const ProductPlan &plan) {
+    char line[200];
+    std::snprintf(line, sizeof line, "bm %d tile %dx%dx%d warps %d stages %d splits %d", plan.bm, plan.tile_images,
+                  plan.tile_h, plan.tile_w, plan.warps, plan.stages, plan.splits);
+    return line;
 }
 
-// A plan for a test: its number picks every part, and bm shrinks until the tile fits.
-ProductPlan plan_of(const Problem &a, Step step, uint32_t number) {
-    const int bms[] = {32, 64, 128}, warps[] = {4, 8, 4, 16};
-    ProductPlan plan{};
-    plan.stages = 2 + number % 3;
-    plan.warps = warps[number / 3 % 4];
-    plan.splits = 1 + number / 5 % 2;
-    for (int i = static_cast<int>(number / 7 % 3); i >= 0; --i) {
-        plan.bm = bms[i];
-        set_tile(plan, a, number / 11);
-        const int edge = step == Step::forward ? a.bo : a.bi;
-        if (plan.bm == 128 && edge > 16) plan.warps = std::min(plan.warps, 8);
-        try {
-            if (stationary_shared_bytes(a, step, plan) <= emulation::options().shared_limit) return plan;
-        } catch (const std::invalid_argument &) {
+// bm pixels as tokens, or as patches of height x width.
+ProductPlan plan_of(int bm, int height, int width, int warps, int stages, int splits) {
+    return {bm, bm / (height * width), height, width, warps, stages, splits};
+}
+
+bool fits(const Problem &a, Step step, const ProductPlan &plan) {
+    try {
+        return stationary_shared_bytes(a, step, plan) <= emulation::options().shared_limit;
+    } catch (const std::invalid_argument &) {
+        return false;
+    }
+}
+
+// Some plan that fits, drawn by lot; small ones where the lot has no luck.
+ProductPlan drawn_plan(const Problem &a, Step step, Random &random) {
+    static const int shapes[][2] = {{4, 8}, {2, 4}, {1, 8}, {8, 4}, {1, 1}, {2, 16}, {16, 1}};
+    for (int attempt = 0; attempt < 20; ++attempt) {
+        const int *shape = is_linear(a) ? shapes[4] : shapes[random.below(7)];
+        const int warps[] = {4, 4, 8, 16};
+        const ProductPlan plan = plan_of(32 << random.below(3), shape[0], shape[1], warps[random.below(4)],
+                                         2 + static_cast<int>(random.below(3)), 1 + static_cast<int>(random.below(2)));
+        if (fits(a, step, plan)) return plan;
+    }
+    return plan_of(32, 1, 1, 4, 2, 1);
+}
+
+void check_plan(const Fixture &f, Step step, const ProductPlan &plan, const std::string &test, Tally &tally) {
+    check_product(f, step, test + " " + text(plan), tally,
+                  [&](auto... given) { stationary(f.problem, step, plan, given..., Stream{}); });
+}
+
+// Every case in every dtype, forward and dgrad, each with a plan of its own.
+void test_cases(Tally &tally) {
+    for (const std::vector<Case> &cases : {first_cases(), linear_cases(), conv_cases()}) {
+        for_each_fixture(tally, "stationary", cases, [&](const Fixture &f, const std::string &test) {
+            for (const Step step : {Step::forward, Step::dgrad}) {
+                Random random(f.about.seed_ * 6 + static_cast<uint64_t>(f.problem.dtype) * 2 + (step == Step::dgrad));
+                check_plan(f, step, drawn_plan(f.problem, step, random), test, tally);
+            }
+        });
+    }
+}
+
+// Every template of the kernel on problems that are ragged in all ways; and, of those that promise it, no conflicts of
+// banks where operands are read.
+void test_variants(Tally &tally) {
+    for (const int edge : {16, 32, 64, 128}) {
+        const Case cases[] = {linear(37, edge + 9, edge + 23, edge, edge).full_rows().density(0.7),
+                              conv(3, edge + 9, 3, 9, edge + 23, 2, 3).pad(0, 1, 2, 0).block(edge, edge).density(0.6)};
+        for (const int bm : {32, 64, 128}) {
+            for_each_fixture(tally, "variant", numbered({cases[0], cases[1]}, edge + bm),
+                             [&](const Fixture &f, const std::string &test) {
+                                 for (const Step step : {Step::forward, Step::dgrad}) {
+                                     const ProductPlan plan =
+                                         is_linear(f.problem) ? plan_of(bm, 1, 1, 4, 3, 1) : plan_of(bm, 2, 8, 4, 2, 1);
+                                     if (!fits(f.problem, step, plan)) continue;
+                                     check_plan(f, step, plan, test, tally);
+                                     const emulation::Statistics &seen = emulation::statistics();
+                                     tally.report(seen.ldmatrix_conflict == 1, test,
+                                                  f.text() + ": ldmatrix conflicts at " + seen.ldmatrix_place);
+                                     tally.report(seen.load_conflict == 1, test,
+                                                  f.text() + ": loads conflict at " + seen.load_place);
+                                 }
+                             });
         }
     }
-    plan.warps = 4, plan.stages = 2;
-    set_tile(plan, a, 4);
-    return plan;
 }
 
-void check_step(const Fixture &f, Step step, const ProductPlan &plan, const std::string &test, Tally &tally) {
-    const std::string name = test + " bm " + std::to_string(plan.bm) + " tile " + std::to_string(plan.tile_images) +
-                             "x" + std::to_string(plan.tile_h) + "x" + std::to_string(plan.tile_w) + " warps " +
-                             std::to_string(plan.warps) + " stages " + std::to_string(plan.stages) + " splits " +
-                             std::to_string(plan.splits);
-    check_product(f, step, name, tally, [&](auto... given) { stationary(f.problem, step, plan, given..., Stream{}); });
+// What stationary_shared_bytes says of a plan that the kernel can't run; empty if it takes it.
+std::string refusal(const Problem &problem, Step step, const ProductPlan &plan) {
+    try {
+        stationary_shared_bytes(problem, step, plan);
+    } catch (const std::invalid_argument &error) {
+        return error.what();
+    }
+    return "";
 }
 
-void test_cases(Tally &tally, const std::vector<Case> &cases) {
-    for_each_fixture(tally, "stationary", cases, [&](const Fixture &f, const std::string &test) {
-        for (const Step step : {Step::forward, Step::dgrad}) {
-            Random random(f.about.seed_ * 6 + static_cast<uint64_t>(f.problem.dtype) * 2 + (step == Step::dgrad));
-            check_step(f, step, plan_of(f.problem, step, static_cast<uint32_t>(random.below(1 << 20))), test, tally);
-        }
-    });
+void test_refusals(Tally &tally) {
+    if (!tally.wants("refusals")) return;
+    const Problem good = conv(2, 64, 8, 8, 64, 3, 3).pad(1).block(32, 16).problem(Dtype::bfloat16);
+    const ProductPlan plan = plan_of(128, 4, 8, 8, 3, 2);
+    const auto refuse = [&](const char *what, Step step, auto change) {
+        Problem a = good;
+        ProductPlan b = plan;
+        change(a, b);
+        const std::string said = refusal(a, step, b);
+        const bool clear =
+            said.find("expected " + std::string(what)) != std::string::npos && said.find(", got ") != std::string::npos;
+        tally.report(clear, "refusals", std::string(what) + ": " + (said.empty() ? "accepted" : said));
+    };
+    const Step forward = Step::forward;
+    tally.report(refusal(good, forward, plan).empty(), "refusals", "a good plan: " + refusal(good, forward, plan));
+    refuse("a forward or dgrad step", Step::wgrad, [](Problem &, ProductPlan &) {});
+    refuse("bm to be one of", forward, [](Problem &, ProductPlan &b) { b.bm = 96; });
+    refuse("a tile of bm", forward, [](Problem &, ProductPlan &b) { b.tile_w = 4; });
+    refuse("tile_images to be at least 1", forward, [](Problem &, ProductPlan &b) { b.tile_images = 0; });
+    refuse("warps", forward, [](Problem &, ProductPlan &b) { b.warps = 16; });  // blocks of 32 features
+    refuse("warps", forward, [](Problem &, ProductPlan &b) { b.warps = 5; });
+    refuse("stages to be one of", forward, [](Problem &, ProductPlan &b) { b.stages = 5; });
+    refuse("splits to be at least 1", forward, [](Problem &, ProductPlan &b) { b.splits = 0; });
+    refuse("a tile of at most", forward, [](Problem &a, ProductPlan &) { a.c = 4096; });
+    refuse("bi to be one of", forward, [](Problem &a, ProductPlan &) { a.bi = 8; });
+    refuse("groups to divide", forward, [](Problem &a, ProductPlan &) { a.groups = 3; });
+    refuse("stride_h to be at least 1", forward, [](Problem &a, ProductPlan &) { a.stride_h = 0; });
+    ProductPlan wide = plan;
+    wide.warps = 16;
+    tally.report(refusal(good, Step::dgrad, wide).empty(), "refusals", "16 warps for blocks of 16 features");
 }
 
 }  // namespace
@@ -75,8 +144,8 @@ void test_cases(Tally &tally, const std::vector<Case> &cases) {
 
 int main(int argc, char **argv) {
     sktest::Tally tally(argc, argv);
-    sktest::test_cases(tally, sktest::first_cases());
-    sktest::test_cases(tally, sktest::linear_cases());
-    sktest::test_cases(tally, sktest::conv_cases());
+    sktest::test_refusals(tally);
+    sktest::test_variants(tally);
+    sktest::test_cases(tally);
     return tally.finish();
 }
