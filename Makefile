@@ -35,7 +35,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparsekern/_version.py $(w
 CPP_FILES := $(shell find tests/cpp tests/emulation csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-aot test-aot-sample test-cuda test-slow \
+.PHONY: help demo test test-cpp test-python test-aot test-aot-sample test-cuda test-nvrtc test-slow \
         lane-native lane-python bench gpu lint format wheel doctor clean
 
 help:
@@ -75,12 +75,14 @@ $(VENV)/.sk-nvcc: $(VENV)/.sk-torch
 demo: $(VENV)/.sk-package ## install and train: sparse, dense and a narrower dense net, side by side
 	$(BIN)/sparsekern train $(DEMO_ARGS)
 
+LANE_JOBS := $(shell expr $(JOBS) / 2 '|' 1)
 # Two lanes, because pytest keeps little more than one core busy. pytest prints as it goes, the other lane when both are
 # done; the closing lines of pytest come again at the very end.
 test: $(VENV)/.sk-test $(VENV)/.sk-triton36 $(VENV)/.sk-nvcc ## everything that runs in minutes
 	@mkdir -p build/lanes
 	@status=0; $(MAKE) --no-print-directory -k -j2 lane-python lane-native || status=$$?; \
-	cat build/lanes/native; grep -E '^(FAILED|ERROR) | in [0-9.]+s( \(.*\))?$$' build/lanes/python; exit $$status
+	cat build/lanes/native; \
+	grep -hE '^(FAILED|ERROR) |^make.*\*\*\*| in [0-9.]+s( \(.*\))?$$' build/lanes/native build/lanes/python; exit $$status
 
 lane-python: SHELL := bash
 lane-python:
@@ -88,7 +90,7 @@ lane-python:
 
 lane-native:
 	@status=0; for part in test-cpp test-cuda test-aot-sample; do \
-	    $(MAKE) --no-print-directory JOBS=1 CUDA_ARGS=--quiet $$part || status=1; \
+	    $(MAKE) --no-print-directory JOBS=$(LANE_JOBS) CUDA_ARGS=--quiet $$part || status=1; \
 	done >build/lanes/native 2>&1; exit $$status
 
 # CUDA kernels are emulated under sanitizers alone: that finds more, and each run takes its time.
@@ -118,7 +120,14 @@ test-aot-sample: ## a part of test-aot: every kernel, dtype and extreme block
 test-cuda: $(VENV)/.sk-test $(VENV)/.sk-nvcc ## every CUDA kernel compiled for three GPUs and checked, without a GPU
 	$(PY) -m tests.cuda_build.gate --jobs $(JOBS) $(CUDA_ARGS)
 
-test-slow: $(VENV)/.sk-test ## tests that take minutes: clean installations, long runs
+NVRTC := build/nvrtc-12.8
+$(NVRTC):
+	$(PIP) install --no-deps --target $@ 'nvidia-cuda-nvrtc-cu12==12.8.*'
+
+test-nvrtc: test-cuda $(NVRTC) ## the same kernels' device code by CUDA 12.8, for two GPUs
+	$(PY) -m tests.cuda_build.nvrtc $(NVRTC)/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+
+test-slow: $(VENV)/.sk-test $(VENV)/.sk-nvcc ## tests that take minutes: clean installations, long runs
 	$(PY) -m pytest -q tests -m slow $(PYTEST_ARGS)
 
 bench: $(VENV)/.sk-test ## speed against dense PyTorch on this machine

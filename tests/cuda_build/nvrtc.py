@@ -1,10 +1,7 @@
 """Compile every kernel's device code with another CUDA's run-time compiler, and check it as ``gate`` does.
 
-No package of CUDA 12.8 brings nvcc, but nvidia-cuda-nvrtc-cu12==12.8.* brings a compiler of device code that needs
-neither a GPU nor a driver. Run ``gate`` first: its logs name the kernels.
-
-    pip install --target build/cuda-12.8 'nvidia-cuda-nvrtc-cu12==12.8.*'
-    python -m tests.cuda_build.nvrtc build/cuda-12.8/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
+No package of CUDA 12.8 brings nvcc, but one brings a compiler of device code that needs neither a GPU nor a driver.
+``make test-nvrtc`` gets it and runs this after ``gate``, whose logs name the kernels.
 """
 
 from __future__ import annotations
