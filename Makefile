@@ -12,7 +12,7 @@ CUDA_ARGS ?=
 # The oldest Triton that the GPU kernels support, beside the installed one.
 TRITON_OLD ?= triton==3.6.0
 # The CUDA compiler where the machine has none.
-NVCC_WHEELS ?= nvidia-cuda-nvcc==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-runtime==13.0.*
+NVCC_WHEELS ?= 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*'
 DEMO_ARGS ?= --recipe demo --compare --out runs/demo --overwrite
 
 # CUDA kernels take minutes to compile, so .venv gets them only where an NVIDIA GPU is, and for that GPU alone; SPARSEKERN_BUILD
