@@ -16,6 +16,8 @@ from benchmarks.shapes import BLOCKS_GPU, CONV_GPU_SETS, LINEAR_GPU, LINEAR_GPU_
 
 # Test files in the order of doubt: kernels that no GPU has seen come first. Paths that do not exist are left out.
 TESTS_FIRST = ("tests/test_triton_gpu.py", "tests/test_triton_linear.py", "tests/test_triton_conv2d.py", "tests/triton")
+TESTS_CUDA = "tests/test_cuda_gpu.py"
+CUDA_BUILD = "cuda-build"  # the chunk that other chunks of the CUDA kernels need
 TESTS_REST = ("tests",)
 OTHER_TILES = "other_tiles"  # tests of tiles that no default takes, by the thousand
 TILE_TESTS = TESTS_FIRST[0]
@@ -37,6 +39,7 @@ class Chunk:
         env: variables set for it; None removes one.
         skip: why it can't run here, or "".
         empty_ok: pytest finding no tests is no failure.
+        needs: a chunk that has to have succeeded before, or "".
     """
 
     name: str
@@ -48,12 +51,13 @@ class Chunk:
     env: dict[str, str | None] = field(default_factory=dict)
     skip: str = ""
     empty_ok: bool = False
+    needs: str = ""
 
     @property
     def digest(self) -> str:
         """Changes with what the chunk runs: a finished chunk of another digest is run again."""
         facts = asdict(self)
-        for detail in ("timeout_s", "estimate_s", "skip"):
+        for detail in ("timeout_s", "estimate_s", "skip", "needs"):
             del facts[detail]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -90,11 +94,17 @@ def plan(settings: Settings) -> list[Chunk]:
     """All chunks, the most important first."""
     tests, last_tests = _test_chunks(settings)
     chunks = [
+        _module("cuda-primitives", "benchmarks.cuda_primitives", settings, {}, timeout_s=180, estimate_s=40),
+        _module(CUDA_BUILD, "benchmarks.cuda_build", settings, {}, timeout_s=420, estimate_s=120),
         _module("smoke", "benchmarks.smoke", settings, _forced(settings), timeout_s=240, estimate_s=90),
+        *_cuda_smoke(settings),
         *tests,
+        *_sanitizers(settings),
         *_probes(settings),
         *_gates(settings),
         *_conv_gates(settings),
+        *_cuda_gates(settings),
+        *_families(settings),
         *_nets(settings),
         _module("tune", "benchmarks.tune", settings, {}, timeout_s=360, estimate_s=250),
         *_full(settings),
@@ -117,6 +127,70 @@ def _forced(settings: Settings) -> dict[str, str | None]:
 def _chosen(settings: Settings) -> dict[str, str | None]:
     """The backend that sparsekern chooses."""
     return {"SPARSEKERN_BACKEND": None}
+
+
+def _cuda(settings: Settings) -> dict[str, str | None]:
+    """The CUDA kernels whatever the dispatch would do; they have no interpreter to rehearse on."""
+    return {} if settings.rehearsal else {"SPARSEKERN_BACKEND": "cuda"}
+
+
+NO_REHEARSAL = "the CUDA kernels need a GPU"
+
+
+def _of_cuda(chunk: Chunk, settings: Settings) -> Chunk:
+    """A chunk that runs the CUDA kernels."""
+    return replace(chunk, needs=CUDA_BUILD, skip=NO_REHEARSAL if settings.rehearsal else chunk.skip)
+
+
+def _cuda_smoke(settings: Settings) -> list[Chunk]:
+    chunk = _module("cuda-smoke", "benchmarks.smoke", settings, _cuda(settings), timeout_s=180, estimate_s=40)
+    return [_of_cuda(chunk, settings)]
+
+
+def _sanitizers(settings: Settings) -> list[Chunk]:
+    """Small layers under compute-sanitizer, where the machine has it; a rehearsal stops before the kernels."""
+    estimates = {"memcheck": 150, "racecheck": 200}
+    return [
+        replace(
+            _module(
+                f"cuda-{tool}", "benchmarks.cuda_sanitize", settings, {}, (tool,), timeout_s=400, estimate_s=seconds
+            ),
+            needs=CUDA_BUILD,
+        )
+        for tool, seconds in estimates.items()
+    ]
+
+
+def _cuda_gates(settings: Settings) -> list[Chunk]:
+    """The rows of the gates with the CUDA kernels forced, a chunk per block, to stand beside Triton's."""
+    linear = [
+        _rows(f"cuda-gate-{b}", "gpu-gate", ("--sk-blocks", str(b)), settings, _cuda(settings), estimate_s=40)
+        for b in BLOCKS_GPU
+    ]
+    conv = [
+        _rows(
+            f"cuda-conv-gate-{b}",
+            "gpu-gate",
+            ("--sk-blocks", str(b)),
+            settings,
+            _cuda(settings),
+            file="test_conv2d",
+            estimate_s=90,
+        )
+        for b in (32, 64, 16)
+    ]
+    return [_of_cuda(chunk, settings) for chunk in (*linear, *conv)]
+
+
+def _families(settings: Settings) -> list[Chunk]:
+    """Both families, dense and peers side by side, each kernel beside its prediction; without a CUDA build Triton's."""
+    env, seconds = _default(settings), ("--budget-s", "260")
+    return [
+        _module(
+            f"families-{kind}", "benchmarks.families", settings, env, (kind, *seconds), timeout_s=360, estimate_s=280
+        )
+        for kind in ("linear", "conv2d")
+    ]
 
 
 def _default(settings: Settings) -> dict[str, str | None]:
@@ -157,7 +231,9 @@ def _test_chunks(settings: Settings) -> tuple[list[Chunk], list[Chunk]]:
     if settings.rehearsal:
         return [chunk("tests-gpu", *TESTS_REST, timeout_s=120, estimate_s=15)], []
     first = [path for path in TESTS_FIRST if (settings.root / path).exists()]
-    rest = ["-m", "gpu", "--continue-on-collection-errors", *(f"--ignore={path}" for path in first), *TESTS_REST]
+    cuda = _of_cuda(chunk("tests-cuda-gpu", TESTS_CUDA, timeout_s=420, estimate_s=120), settings)
+    ignored = [f"--ignore={path}" for path in (TESTS_CUDA, *first)]
+    rest = ["-m", "gpu", "--continue-on-collection-errors", *ignored, *TESTS_REST]
     names = [Path(path).stem.replace("test_", "tests-").replace("_", "-") for path in first]
     doubtful = [
         chunk(name, path, *(("-k", f"not {OTHER_TILES}") if path == TILE_TESTS else ()), timeout_s=420, estimate_s=120)
@@ -165,7 +241,7 @@ def _test_chunks(settings: Settings) -> tuple[list[Chunk], list[Chunk]]:
     ]
     last = [chunk("tests-other-tiles", TILE_TESTS, "-k", OTHER_TILES, timeout_s=560, estimate_s=420)]
     last = last if TILE_TESTS in first else []
-    return [*doubtful, chunk("tests-gpu", *rest, timeout_s=300, estimate_s=60)], last
+    return [cuda, *doubtful, chunk("tests-gpu", *rest, timeout_s=300, estimate_s=60)], last
 
 
 def _probes(settings: Settings) -> list[Chunk]:

@@ -1,7 +1,8 @@
 """Everything that a GPU is needed for, in one command: ``python -m benchmarks.gpu`` (``make gpu``).
 
-Tests the kernels, probes the machine's limits, tunes, measures against dense and against other libraries, and writes
-the results with a table of targets met and missed. Needs no network. Runs in slices: it goes on where the last run in
+Compares the primitives of the CUDA kernels with their emulation and builds the kernels, tests them and Triton's, probes
+the machine's limits, tunes, measures against dense and against other libraries, and writes the results with a table of
+targets met and missed. Needs no network. Runs in slices: it goes on where the last run in
 the same folder stopped, each piece is a process of its own, and ``--budget-s`` ends a slice in time.
 
     python -m benchmarks.gpu --fetch-wheels wheels       on a machine with network: packages for the one without
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import files, runner, wheels
+from benchmarks import cuda_build, files, runner, toolkit, wheels
 from benchmarks.chunks import Chunk, Settings, plan
 from benchmarks.device import one_line
 from benchmarks.runner import Budget, State, StateError
@@ -125,18 +126,20 @@ def environment(out: Path, rehearsal: bool) -> dict[str, str]:
 
 
 def build_native(env: dict[str, str], rehearsal: bool) -> str:
-    """Install the package with its native core; what came of it in one line. A rehearsal leaves it as it is."""
+    """Install the package with its native core; what came of it in one line. A rehearsal leaves it as it is.
+
+    CUDA kernels are built for this GPU alone, where there is an nvcc; the chunk that builds them says why not. An
+    extension that has them and was carried here stays where nothing could build them anew.
+    """
     if rehearsal:
         return "left as it is: a rehearsal"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     try:
-        done = subprocess.run(
-            [*command, "-e", str(ROOT)], capture_output=True, text=True, timeout=400, env={**env, "PIP_NO_INPUT": "1"}
-        )
-    except subprocess.TimeoutExpired:
-        return "not built: took over 400 s"
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return "built" if done.returncode == 0 else f"not built: {lines[-1] if lines else 'pip failed'}"
+        toolkit.nvcc()
+    except toolkit.Missing:
+        if not cuda_build.missing():
+            return "left as it is: it has CUDA kernels for this GPU, and there is no nvcc"
+    failed = cuda_build.install("auto", 400, env)
+    return f"not built: {failed}" if failed else "built"
 
 
 def prepare(out: Path, want: argparse.Namespace, env: dict[str, str]) -> None:

@@ -92,6 +92,35 @@ def probe_lines(out: Path) -> list[str]:
     return [*lines, "", *(["Probes that failed:", "", *failed] if failed else [])]
 
 
+def family_lines(out: Path) -> list[str]:
+    """The fastest kernel of each family beside dense, its own prediction and the best of other libraries."""
+    found = [content for path in sorted(out.glob("families-*.json")) if (content := files.read_json(path)) is not None]
+    rows = [row for content in found for row in content["rows"]]
+    if not rows:
+        return ["Not measured."]
+    lines = ["| pass | dense | Triton (predicted) | CUDA (predicted) | Triton / CUDA | others | CUDA plan |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in rows:
+        triton, cuda = (row["families"][name] for name in ("triton", "cuda"))
+        cells = [f"{row['op']} {row['shape']} {row['pass']}, {row['dtype']}, block {row['block']}, {row['sparsity']} %"]
+        cells += [with_prefix(row["dense_s"], "s"), _timed(triton), _timed(cuda)]
+        both = "seconds" in triton and "seconds" in cuda
+        cells.append(significant(triton["seconds"] / cuda["seconds"], 3) if both else "")
+        others = row.get("peers") or {}
+        first = min(others, key=others.__getitem__, default=None)
+        cells += ["" if first is None else f"{first} {with_prefix(others[first], 's')}", cuda.get("kernel", "")]
+        lines.append(f"| {' | '.join(cells)} |")
+    failed = [f"- {entry['case']}: {entry['why']}" for content in found for entry in content["failed"]]
+    return [*lines, *(["", "Layers that failed:", "", *failed] if failed else [])]
+
+
+def _timed(family: dict[str, Any]) -> str:
+    if "seconds" not in family:
+        why = next(iter(family["skipped"].values()), "")
+        return f"not run{': ' + why[:80] if why else ''}".replace("|", "/")
+    return f"{with_prefix(family['seconds'], 's')} ({with_prefix(family['predicted_s'], 's')})"
+
+
 def with_prefix(value: float, unit: str) -> str:
     """``4.3 TB/s`` for 4.3e12 bytes/s."""
     scale, prefix = next((pair for pair in _PREFIXES if abs(value) >= pair[0]), _PREFIXES[-1])
@@ -134,6 +163,7 @@ def summarise(out: Path) -> str:
     page += [f"> {note}\n" for note in notes]
     page += ["## Targets", "", f"{verdict.counts(lines)}. {_HOW}", "", verdict.markdown(lines), ""]
     page += ["## Correctness", "", _ERRORS, "", *(error_lines(results) if results else ["Not measured."]), ""]
+    page += ["## Triton and CUDA kernels", "", _FAMILIES, "", *family_lines(out), ""]
     page += ["## Limits of this machine", "", *probe_lines(out), ""]
     page += ["## Machine", "", *machine_lines(machine), ""]
     page += ["## Chunks", "", *chunk_lines(state), ""]
@@ -146,6 +176,7 @@ _HOW = (
     "Measured: dense time / sparse time on the device with a cold L2, with the backend that sparsekern chooses, else "
     "with Triton forced. Graph: the same from replayed CUDA graphs."
 )
+_FAMILIES = "Fastest candidate of each family of kernels on the device, L2 cold, in turns with the dense op."
 _ERRORS = "Largest |error| against float64, relative to the same product of absolute values."
 
 

@@ -108,9 +108,9 @@ def run_all(
     """
     late = []
     for chunk in order(chunks, state, again=again):
-        if chunk.skip:
-            state.set(chunk, status=SKIPPED, note=chunk.skip)
-            print(f"{chunk.name:22} skipped: {chunk.skip}", flush=True)
+        if skip := chunk.skip or _unmet(chunk, state):
+            state.set(chunk, status=SKIPPED, note=skip)
+            print(f"{chunk.name:22} skipped: {skip}", flush=True)
             continue
         if not budget.allows(chunk):
             late.append(chunk)
@@ -122,6 +122,14 @@ def run_all(
         print(f"{facts['status']} in {facts['seconds']:.0f} s: {facts['note']}", flush=True)
         after()
     return late
+
+
+def _unmet(chunk: Chunk, state: State) -> str:
+    """Why a chunk that needs another one can't run, or "". A chunk that was never run forbids nothing: with ``--only``
+    the need may be met by hand."""
+    found = state.chunks.get(chunk.needs, {})
+    bad = found.get("status") in BAD
+    return f"{chunk.needs} {found['status']}: {found.get('note', '')}" if bad else ""
 
 
 def run_one(chunk: Chunk, out: Path, env: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
@@ -209,7 +217,7 @@ def describe(chunks: Sequence[Chunk], state: State) -> str:
     return "\n".join(lines)
 
 
-PREPARE_S = 40.0  # of a slice: starting, installing packages, building the native core, the report
+PREPARE_S = 80.0  # of a slice: starting, installing packages, building the native core, the report
 
 
 def slices(chunks: Sequence[Chunk], state: State, seconds: float) -> list[list[Chunk]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,11 +16,23 @@ from typing import Any
 
 import pytest
 
-from benchmarks import files, gpu, runner, shards, verdict, wheels
+from benchmarks import (
+    cuda_build,
+    cuda_primitives,
+    cuda_sanitize,
+    families,
+    files,
+    gpu,
+    runner,
+    shards,
+    toolkit,
+    verdict,
+    wheels,
+)
 from benchmarks.chunks import LOGS, RESULT, Chunk, Settings, plan
-from benchmarks.gpu_summary import row_files, summarise, with_prefix
+from benchmarks.gpu_summary import family_lines, row_files, summarise, with_prefix
 from benchmarks.runner import Budget, State, StateError
-from benchmarks.shapes import Selection, conv2d_cases
+from benchmarks.shapes import Selection, conv2d_cases, linear_cases
 from sparsekern.report import load
 
 ROOT = Path(__file__).parent.parent
@@ -44,17 +57,21 @@ def run(out: Path, *chunks: Chunk, budget: Budget | None = None, **more: Any) ->
 def test_plan_is_in_order_of_importance() -> None:
     names = [chunk.name for chunk in plan(Settings())]
     assert len(names) == len(set(names))
-    order = ["smoke", "tests-gpu", "probe-l2", "gate-64", "gate-32", "gate-128", "gate-16", "conv-gate-64"]
+    order = ["cuda-primitives", "cuda-build", "smoke", "cuda-smoke", "tests-cuda-gpu", "tests-gpu", "cuda-memcheck"]
+    order += ["probe-l2", "gate-64", "gate-32", "gate-128", "gate-16", "conv-gate-64", "cuda-gate-64"]
+    order += ["cuda-conv-gate-32", "families-linear", "families-conv2d"]
     order += ["net-wrn-28-10-eager", "net-wrn-28-10-compile", "net-resnet50-graph", "tune", "full-64"]
     order += ["shape-8192x8192", "overheads", "cifar-dense", "cifar-sparse", "peers-64", "conv-wrn-64", "conv-resnet"]
     assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
-    assert names[0] == "smoke"
+    assert names[:3] == ["cuda-primitives", "cuda-build", "smoke"]
 
 
 def test_gates_force_the_kernels_and_the_rest_is_as_dispatched() -> None:
     env = {chunk.name: chunk.env for chunk in plan(Settings())}
     assert env["gate-64"] == env["conv-gate-32"] == env["smoke"] == {"SPARSEKERN_BACKEND": "triton"}
+    assert env["cuda-gate-64"] == env["cuda-conv-gate-32"] == env["cuda-smoke"] == {"SPARSEKERN_BACKEND": "cuda"}
     as_dispatched = ("full-64", "peers-32", "conv-wrn-64", "net-resnet50-eager", "overheads", "cifar-sparse")
+    as_dispatched += ("families-linear", "families-conv2d")
     assert all(env[name] == {"SPARSEKERN_BACKEND": None} for name in as_dispatched)
 
 
@@ -126,6 +143,7 @@ def test_slices_hold_every_chunk_once_and_keep_their_length(tmp_path: Path) -> N
 
 def test_tests_are_shared_by_workers_and_only_listed_in_a_rehearsal() -> None:
     tests = [chunk for chunk in plan(Settings(workers=4, xdist=True)) if chunk.name.startswith("tests-")]
+    assert "tests-cuda-gpu" in {chunk.name for chunk in tests}
     assert tests and all("-n 4" in " ".join(chunk.command) for chunk in tests)
     tests = [chunk for chunk in plan(Settings(workers=4)) if chunk.name.startswith("tests-")]
     assert tests and all(chunk.command[:5] == ("-m", "benchmarks.shards", "4", LOGS, "--") for chunk in tests)
@@ -146,8 +164,33 @@ def test_tiles_that_no_default_takes_are_tested_last() -> None:
 def test_only_takes_names_and_patterns() -> None:
     chunks = plan(Settings())
     assert [c.name for c in gpu.chosen(chunks, "tune,gate-*")] == ["gate-64", "gate-32", "gate-128", "gate-16", "tune"]
-    with pytest.raises(SystemExit, match="gate-7: expected some of smoke"):
+    with pytest.raises(SystemExit, match="gate-7: expected some of cuda-primitives"):
         gpu.chosen(chunks, "gate-7")
+
+
+def test_chunks_of_the_cuda_kernels_need_their_build() -> None:
+    chunks = {chunk.name: chunk for chunk in plan(Settings())}
+    theirs = {name for name in chunks if name.startswith(("cuda-", "tests-cuda"))}
+    assert {"cuda-smoke", "cuda-gate-16", "cuda-conv-gate-64", "cuda-racecheck", "tests-cuda-gpu"} <= theirs
+    needing = {name for name, chunk in chunks.items() if chunk.needs}
+    assert needing == theirs - {"cuda-primitives", "cuda-build"}
+    assert {chunks[name].needs for name in needing} == {"cuda-build"}
+    assert "tests/test_cuda_gpu.py" in chunks["tests-cuda-gpu"].command
+    assert "--ignore=tests/test_cuda_gpu.py" in chunks["tests-gpu"].command
+    rehearsed = {chunk.name: chunk for chunk in plan(Settings("cpu"))}
+    skipped = {name for name, chunk in rehearsed.items() if "need a GPU" in chunk.skip}
+    assert skipped == {name for name in rehearsed if name.startswith(("cuda-gate", "cuda-conv", "cuda-smoke"))}
+
+
+def test_every_block_of_the_cuda_gates_has_rows() -> None:
+    gates = [chunk for chunk in plan(Settings()) if chunk.name.startswith(("cuda-gate", "cuda-conv-gate"))]
+    for chunk in gates:
+        options = dict(zip(chunk.command, chunk.command[1:], strict=False))
+        want = Selection(options["--sk-suite"], (1,), (int(options["--sk-blocks"]),))
+        cases = conv2d_cases(want) if "conv" in chunk.name else linear_cases(want)
+        assert {case.pass_ for case in cases} >= {"forward", "dgrad", "wgrad"} and {
+            case.sparsity for case in cases
+        } >= {90}
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -172,6 +215,18 @@ def test_failures_stay_alone(tmp_path: Path) -> None:
     assert late == [] and [path.name for path in tmp_path.glob("*.json")].count("half.json") == 0
     assert json.loads((tmp_path / "fine.json").read_text()) == {"value": 1}
     assert runner.failures(chunks, state) == ["crash", "hang", "silent", "half"]
+
+
+def test_what_needs_a_failed_chunk_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    broken, needing = chunk("broken", "raise SystemExit('no nvcc here')"), chunk("needing", needs="broken")
+    free, other = chunk("free"), chunk("other", needs="never run")
+    state, _ = run(tmp_path, broken, needing, free, other)
+    assert state.chunks["needing"]["status"] == "skipped"
+    assert state.chunks["needing"]["note"] == "broken failed: no nvcc here"
+    assert state.chunks["free"]["status"] == state.chunks["other"]["status"] == "ok"
+    mended = dataclasses.replace(broken, command=chunk("broken").command)
+    state, _ = run(tmp_path, mended, needing)
+    assert state.chunks["needing"]["status"] == "ok"
 
 
 def test_a_timeout_ends_children_and_keeps_what_was_written(tmp_path: Path) -> None:
@@ -611,7 +666,7 @@ def test_needs_a_gpu_or_a_rehearsal(tmp_path: Path) -> None:
 def test_the_plan_is_shown_without_a_gpu(tmp_path: Path) -> None:
     done = _command("--plan", "--only", "gate-*,conv-gate-*", "--out", str(tmp_path / "none"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("slice 1: about 380 s, 6 min in all") and "conv-gate-32" in done.stdout
+    assert done.stdout.startswith("slice 1: about 420 s, 7 min in all") and "conv-gate-32" in done.stdout
     assert not (tmp_path / "none").exists()
 
 
@@ -681,3 +736,145 @@ def test_files_are_whole_or_absent(tmp_path: Path) -> None:
         files.write_json(path, {"a": object()})
     assert files.read_json(path) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["a.json"]
     assert files.read_json(tmp_path / "missing.json") is None
+
+
+# -- the CUDA toolkit --------------------------------------------------------------------------------------------------
+
+
+def test_primitives_are_compared_with_the_emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rehearsal compiles the emulation; a wrong record of it is told and fails the chunk."""
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["cuda_primitives", "--device", "cpu", "--out", str(out)])
+    cuda_primitives.main()
+    found = json.loads(out.read_text())
+    assert found["agree"] is True and found["differences"] == [] and found["found"]["source"] == "emulation"
+    copy = tmp_path / "emulation"
+    shutil.copytree(cuda_primitives.FOLDER, copy)
+    record = json.loads((copy / "primitives.json").read_text())
+    name = next(name for name in record if name.startswith("words"))
+    record[name][0] ^= 1
+    (copy / "primitives.json").write_text(json.dumps(record))
+    monkeypatch.setattr(cuda_primitives, "FOLDER", copy)
+    with pytest.raises(SystemExit, match="1 lists differ"):
+        cuda_primitives.main()
+    assert json.loads(out.read_text())["agree"] is False
+
+
+def test_the_right_compiler_is_asked_for_the_right_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit, "nvcc", lambda: "/somewhere/nvcc")
+    for capability, arch in (((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((10, 0), "sm_100")):
+        monkeypatch.setattr(toolkit.torch.cuda, "get_device_capability", lambda c=capability: c)
+        command = cuda_primitives.compile_command("cuda", Path("program"))
+        assert command[0] == "/somewhere/nvcc" and f"-arch={arch}" in command and "-DSK_EMULATE" not in command
+    monkeypatch.setattr(toolkit.torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert cuda_build.environment() == {"TORCH_CUDA_ARCH_LIST": "10.0"}
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert cuda_build.environment() == {"TORCH_CUDA_ARCH_LIST": "8.0"}
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_without_nvcc_only_a_carried_build_will_do(carried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise toolkit.Missing("nvcc was not found")
+
+    monkeypatch.setattr(toolkit, "nvcc", none)
+    monkeypatch.setattr(cuda_build, "missing", lambda: "" if carried else "built without CUDA kernels")
+    monkeypatch.setattr(cuda_build, "install", lambda mode, *rest: "" if mode == "auto" else pytest.fail("can't build"))
+    if carried:
+        assert cuda_build.build("cuda")["built"] is False
+        assert gpu.build_native({}, False).startswith("left as it is: it has CUDA kernels")
+    else:
+        with pytest.raises(SystemExit, match="cuda-build: nvcc was not found"):
+            cuda_build.build("cuda")
+        assert gpu.build_native({}, False) == "built"
+
+
+def test_a_failed_build_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolkit, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "install", lambda mode: "ptxas: out of registers")
+    for reason in ("built without CUDA kernels", ""):  # an older build may still be there
+        monkeypatch.setattr(cuda_build, "missing", lambda reason=reason: reason)
+        with pytest.raises(SystemExit, match="cuda-build: ptxas: out of registers"):
+            cuda_build.build("cuda")
+    monkeypatch.setattr(cuda_build, "install", lambda mode: "")
+    assert cuda_build.build("cuda")["built"] is True
+
+
+def test_the_sanitizer_is_told_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "memcheck.json"
+    monkeypatch.setattr(sys, "argv", ["cuda_sanitize", "memcheck", "--device", "cpu", "--out", str(out)])
+
+    def none() -> str:
+        raise toolkit.Missing("compute-sanitizer was not found")
+
+    monkeypatch.setattr(toolkit, "sanitizer", none)
+    cuda_sanitize.main()
+    assert "was not found" in json.loads(out.read_text())["skipped"]
+
+
+@pytest.mark.parametrize(("code", "lines", "fails"), [(0, 2, False), (9, 2, True), (0, 0, True)])
+def test_what_a_sanitizer_finds_fails_the_chunk(
+    code: int, lines: int, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "tool"
+    ran = "".join('echo \'{"ran": "x", "difference": 0.0}\'\n' for _ in range(lines))
+    tool.write_text(f"#!/bin/sh\n{ran}echo '========= ERROR SUMMARY: {code} errors'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(toolkit, "sanitizer", lambda: str(tool))
+    monkeypatch.setattr(
+        sys, "argv", ["cuda_sanitize", "memcheck", "--device", "cuda", "--out", str(tmp_path / "out.json")]
+    )
+    if fails:
+        with pytest.raises(SystemExit, match=f"exit status {code} after {lines} kernels"):
+            cuda_sanitize.main()
+    else:
+        cuda_sanitize.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["code"], len(found["ran"])) == (code, lines) and "ERROR SUMMARY" in found["output"][-1]
+
+
+# -- families of kernels side by side ----------------------------------------------------------------------------------
+
+
+def family_row(**families: Any) -> dict[str, Any]:
+    row = {"op": "linear", "pass": "forward", "shape": "8x8->8", "dtype": "bfloat16", "block": 32, "sparsity": 90}
+    return {**row, "dense_s": 30e-6, "families": families, "peers": {"stk": 20e-6, "blksprs": 15e-6}}
+
+
+def test_families_stand_side_by_side(tmp_path: Path) -> None:
+    timed = {"kernel": "k", "seconds": 12e-6, "predicted_s": 10e-6, "measured": 3, "skipped": {}}
+    faster = {**timed, "kernel": "stationary plan", "seconds": 8e-6}
+    absent = {"measured": 0, "skipped": {"plan": "RuntimeError: no kernel image"}}
+    rows = [family_row(triton=timed, cuda=faster), family_row(triton=timed, cuda=absent)]
+    content = {"kind": "families", "rows": rows, "failed": [{"case": "big", "why": "out of memory"}]}
+    files.write_json(tmp_path / "families-linear.json", content)
+    lines = family_lines(tmp_path)
+    assert "| 30.0 us | 12.0 us (10.0 us) | 8.00 us (10.0 us) | 1.50 | blksprs 15.0 us | stationary plan |" in lines[2]
+    assert "not run: RuntimeError: no kernel image" in lines[3] and lines[-1] == "- big: out of memory"
+    assert family_lines(tmp_path / "nothing") == ["Not measured."]
+
+
+def test_families_are_measured_on_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out = tmp_path / "families.json"
+    command = [sys.executable, "-m", "benchmarks.families", "linear", "--device", "cpu", "--out", str(out)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "SPARSEKERN_BACKEND": "triton"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert [row["pass"] for row in content["rows"]] == ["forward", "dgrad", "wgrad"] and content["failed"] == []
+    for row in content["rows"]:
+        assert row["families"]["triton"]["measured"] == 2 and row["families"]["cuda"]["measured"] == 0
+        assert row["dense_s"] > 0 and row["families"]["triton"]["seconds"] > 0
+
+
+def test_families_measure_the_gates_first() -> None:
+    for kind, shape in (("linear", "8192x4096->4096"), ("conv2d", "128x160x32x32->160 3x3")):
+        listed = list(families.cases(kind, (90, 80)))
+        assert (listed[0][0].name, *listed[0][1:]) == (shape, 64, 90, "bfloat16")
+        assert {case[1] for case in listed} == {16, 32, 64, 128} and {case[3] for case in listed} == {
+            "bfloat16",
+            "float32",
+        }
+        assert all(case[2] == 90 for case in listed if case[3] == "float32")
