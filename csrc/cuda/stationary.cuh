@@ -5,8 +5,8 @@
 // its own. What should bound it is shared memory: a stage (two steps of BM x NB) reads 2 * (BM + NB) * 32 bytes for
 // BM * NB / 64 multiply instructions. Beside those, the loads of their operands and NB / 8 copies, what CUDA 13.0 makes
 // of the main loop has 80 to 97 other instructions per stage on sm_90a and 94 to 121 on sm_80, the fewest at BM 32 and
-// NB 16; for Tf32, which rounds its weights, 131 to 167 on sm_90a. About ten of them are for other sizes of the ring and
-// for the first turns, and are jumped over.
+// NB 16; for Tf32, which rounds its weights, 131 to 167 on sm_90a. About ten of them are for other sizes of the ring
+// and for the first turns, and are jumped over.
 #pragma once
 
 #include "launch.cuh"
