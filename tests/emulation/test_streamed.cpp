@@ -74,6 +74,9 @@ std::vector<Case> edge_cases() {
     cases.push_back(conv(1, 40, 5, 4, 40, 9, 7).pad(4, 4, 3, 3).density(0.3));      // windows with taps of every kind
     cases.push_back(conv(1, 40, 7, 6, 40, 6, 6).pad(3).stride(3, 2).density(0.4));  // windows without a valid entry
     cases.push_back(conv(1, 24, 3, 3, 24, 4, 26).pad(2, 2, 13, 13).density(0.3));   // the largest filter
+    // Groups of which the second begins between two chunks of 16 bytes, as source and as result.
+    cases.push_back(conv(2, 32, 2, 3, 264, 1, 1).groups(2).density(0.3));
+    cases.push_back(conv(2, 264, 2, 3, 32, 1, 1).groups(2).density(0.3));
     return numbered(cases, 4000);
 }
 
