@@ -117,6 +117,15 @@ def _asked(problem: Problem, op: str) -> Any:
     return layer_problem(op, problem.dtype, grid, geometry, tuple(problem.operands.x.shape), capacity)
 
 
+def kept(device: str) -> dict[str, int]:
+    """How many entries of this GPU's table name a kernel of each family."""
+    entries = table.tuned(chips.current(device).name).values()
+    counts = {name: 0 for name in GPU}
+    for entry in entries:
+        counts["cuda" if "family" in entry else "triton"] += 1
+    return counts
+
+
 def export_tiles(path: Path) -> str:
     """Write the table of tuned kernels, the user's measurements merged in; returns what was done."""
     try:

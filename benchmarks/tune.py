@@ -1,8 +1,8 @@
 """Tune the shapes of the benchmarks: ``python -m benchmarks.tune --out tune.json``.
 
-Goes through ``sparsekern.tune``, which keeps what it finds in the user's cache (``SPARSEKERN_CACHE``), and exports the
-table of tiles beside the results where the backend has one. The shapes of the targets come first; the rest is tuned as
-long as the time lasts.
+Goes through ``sparsekern.tune``, which measures Triton's tiles and the CUDA plans of each pass and keeps the winner in
+the user's cache (``SPARSEKERN_CACHE``), and exports the table of kernels beside the results. The shapes of the targets
+come first; the rest is tuned as long as the time lasts.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def main() -> None:
         rows.append(tune_one(shape, block, sparsity, want.device, 0.05 if tiny else 1.0))
         print(rows[-1], flush=True)
     exported = adapters.export_tiles(want.out.with_name("tiles.json")) if not tiny else "not exported: a rehearsal"
-    print(f"tiles: {exported}")
+    print(f"table: {exported}")
     content = {"kind": "tune", "device": want.device, "machine_info": machine.machine_info(), "exported": exported}
+    content["kept"] = adapters.kept(want.device)
+    print(f"kernels kept: {content['kept']}")
     files.write_json(want.out, {**content, "rows": rows, "left": len(cases) - len(rows)})
     print(f"{sum('speedup' in row for row in rows)} of {len(cases)} layers tuned")
     if all("failed" in row for row in rows):

@@ -24,6 +24,7 @@ ROW_BYTES = 128  # streamed: of a pixel in one stage
 TILE_LIMIT = 256 * 1024  # stationary: of the tile
 MOST_SHARED = 227 * 1024  # wgrad
 WARP_ACCUMULATORS = 2048  # wgrad: of one warp
+WGRAD_FACTS = 64  # wgrad: bytes of what a block knows of its window
 FILL = 0.75  # wgrad: of the accumulators that a window fills on average; a fuller one costs another pass
 RESERVE = 1024  # of shared memory, by the driver for each block
 REGISTERS = 128  # of a thread up to 64 accumulators, by the kernels' launch bounds
@@ -171,7 +172,8 @@ def _wgrad_bytes(problem: Problem, plan: Plan) -> int:
     (bo, bi), size, pixels, box = problem.block, problem.itemsize, plan.bm, wgrad_box(problem, plan)
     stage = pixels * _odd16(plan.rows * bo * size) + box * _odd16(plan.cols * bi * size)
     pieces = plan.warps * WARP_ACCUMULATORS // (min(bo, 32) * min(bi, 32))
-    parts = (plan.stages * stage, pixels * 8, box * 8, pixels * 4, pieces * 16, plan.rows * 4)
+    tables = (pixels * 8, box * 8, pixels * 4, pieces * 16, plan.rows * 4)
+    parts = (plan.stages * stage, *tables, WGRAD_FACTS)
     return sum(_round16(part) for part in parts)
 
 

@@ -161,7 +161,8 @@ def current(device: torch.device | str | int | None = None) -> Chip:
 
     Without a GPU these are the figures of an H200, so that the same code runs under Triton's interpreter.
     """
-    device = torch.device("cuda" if device is None else device)
+    if not isinstance(device, torch.device):
+        device = torch.device("cuda" if device is None else device)
     if device.type != "cuda":
         return get(STAND_IN)
     index: Any = device.index  # None for "cuda", whatever torch's annotations say
