@@ -148,25 +148,6 @@ def test_every_reason_against_it_is_told(machine, tf32):
     assert cuda.unsupported(desc("conv2d", torch.float32)) is None
 
 
-@pytest.mark.parametrize(
-    ("built", "capability", "runs"),
-    [
-        ("8.0", (8, 0), True),
-        ("8.0", (8, 6), True),
-        ("8.6", (8, 0), False),
-        ("8.0", (9, 0), False),
-        ("9.0a", (9, 0), True),
-        ("9.0a", (9, 1), False),
-        ("8.0 8.6 8.9 9.0a 10.0+PTX", (12, 0), True),
-        ("8.0 10.0+PTX", (9, 0), False),
-        ("10.0", (10, 3), True),
-        ("", (8, 0), False),
-    ],
-)
-def test_machine_code_runs_within_a_major_version(built, capability, runs):
-    assert cuda.runs_on(built, capability) == runs
-
-
 def test_triton_stays_the_first_choice_and_cuda_stands_in(machine, monkeypatch):
     machine()
     assert backends.choice("linear", "cuda", torch.bfloat16, (32, 32)) == "triton"

@@ -7,7 +7,6 @@ bfloat16, float16, and float32 where PyTorch's switch allows TF32. The functions
 from __future__ import annotations
 
 import functools
-import re
 
 import torch
 
@@ -41,7 +40,7 @@ def unsupported(desc: OpDesc) -> str | None:
     if capability < (8, 0):
         return f"expected compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
     built = str(native.build_info().get("cuda_archs", ""))
-    if not runs_on(built, capability):
+    if not native.cuda_image(built, capability):
         number = f"{capability[0]}.{capability[1]}"
         return f"built for {built or 'no architecture'}, this GPU is {number}; TORCH_CUDA_ARCH_LIST={number} {BUILD}"
     if desc.op not in ("linear", "conv2d"):
@@ -55,22 +54,6 @@ def unsupported(desc: OpDesc) -> str | None:
         edges = ", ".join(map(str, plans.EDGES))
         return f"expected block edges among {edges}, got {desc.block[0]}x{desc.block[1]}"
     return None
-
-
-@functools.lru_cache(maxsize=64)
-def runs_on(built: str, capability: tuple[int, int]) -> bool:
-    """Whether a build for architectures such as "8.0 9.0a 10.0+PTX" runs on a GPU of this compute capability.
-
-    Machine code runs on its own and later minor versions of one major version, that of "a" on its own alone; PTX on
-    everything later.
-    """
-    for major, minor, only, ptx in re.findall(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", built):
-        own = int(major), int(minor)
-        if own == capability or (not only and own[0] == capability[0] and own <= capability):
-            return True
-        if ptx and own <= capability:
-            return True
-    return False
 
 
 @functools.lru_cache(maxsize=1024)
