@@ -25,6 +25,13 @@ inline std::vector<Case> linear_cases() {
             cases.push_back(linear(16, bi, 37 * bo, bo, bi).all().no_bias());
         }
     }
+    // Lists that end where 32 lanes end, and more block rows than 4 warps with a lane each.
+    for (const int count : {32, 33, 64}) {
+        cases.push_back(linear(16, 16 * count, 24).all().full_rows());
+        cases.push_back(linear(16, 24, 16 * count).all().full_rows());
+    }
+    cases.push_back(linear(9, 16, 2240).density(0.7));
+    cases.push_back(linear(9, 2240, 16).density(0.7));
     const int wide[][2] = {{64, 64}, {128, 128}, {16, 128}, {128, 16}, {64, 32}, {32, 64}};
     for (const auto &edges : wide) {
         const int bo = edges[0], bi = edges[1];
@@ -45,6 +52,7 @@ inline std::vector<Case> linear_cases() {
     cases.push_back(linear(37, 64, 64).all().spare(0).gapped());
     cases.push_back(linear(37, 64, 80).poisoned());
     cases.push_back(linear(37, 96, 96, 32, 32).all().poisoned().no_bias());
+    cases.push_back(linear(20, 41, 55).full_rows().poisoned().masked());
     return numbered(std::move(cases), 1000);
 }
 

@@ -1,19 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the executables of tests/cuda_mutations.py share: few problems, one dtype, an end at the first failure.
+// What the executables of tests/cuda_mutations.py share: few problems, an end at the first failure.
 #pragma once
 
 #include "runner.h"
 
 namespace sktest {
-
-// Exact data leaves the low halves of fp32 numbers zero, so tf32 is tested with all digits.
-#ifdef SK_MUTANTS_TF32
-constexpr Dtype kMutantDtype = Dtype::tf32;
-constexpr Data kMutantData = Data::full;
-#else
-constexpr Dtype kMutantDtype = Dtype::bfloat16;
-constexpr Data kMutantData = Data::exact;
-#endif
 
 using sparsekern::cuda::ProductPlan;
 
@@ -23,17 +14,21 @@ template <class Plan> struct Cut {
     Plan plan;
 };
 
-// visit(fixture, name, tally, plan) for each problem. An exception that escapes is a failure like any other.
+// visit(fixture, name, tally, plan) for each problem in two dtypes. An exception that escapes is a failure like any
+// other.
 template <class Plan, class Visit>
 int run_mutants(const std::string &family, const std::vector<Cut<Plan>> &cuts, Visit visit) {
     Tally tally(0, nullptr);
     tally.stop_at_first_failure();
     uint64_t seed = 0;
     try {
-        for (const Cut<Plan> &cut : cuts) {
-            Case problem = cut.problem.seed(++seed);
-            problem.data = kMutantData;
-            visit(Fixture(problem, kMutantDtype), family, tally, cut.plan);
+        // Paths of 2 and of 4 bytes. Rounding of operands shows only with all digits.
+        for (const Dtype dtype : {Dtype::bfloat16, Dtype::tf32}) {
+            for (const Cut<Plan> &cut : cuts) {
+                Case problem = cut.problem.seed(++seed);
+                if (dtype == Dtype::tf32) problem.data = Data::full;
+                visit(Fixture(problem, dtype), family, tally, cut.plan);
+            }
         }
     } catch (const std::exception &error) {
         tally.report(false, family, std::string("threw ") + error.what());
@@ -50,6 +45,7 @@ inline std::vector<Cut<ProductPlan>> product_cuts() {
         {conv(3, 36, 11, 9, 68, 2, 3).pad(0, 1, 1, 0).block(32, 16).groups(2).stride(1, 3).dilation(3, 1),
          {64, 2, 8, 4, 0, 2, 2}},
         {linear(33, 45, 80, 16, 32).unaligned().full_rows(), {64, 64, 1, 1, 0, 4, 2}},
+        {conv(2, 32, 3, 4, 264, 1, 1).groups(2), {64, 4, 4, 4, 0, 2, 1}},
         {linear(66, 150, 170).density(0.7), {64, 64, 1, 1, 0, 4, 1}},
         {linear(66, 72, 150, 32, 16).full_rows(), {64, 64, 1, 1, 0, 2, 1}},
         {linear(20, 200, 130, 64, 128).full_rows(), {64, 64, 1, 1, 0, 2, 1}},

@@ -23,15 +23,26 @@ template <char symbol, class T> struct Pending {
     int number;
 };
 
-// What stands in for it has no meaning for pointers and real numbers where it is another kind of arithmetic.
+// Whether what stands in for it has a meaning.
 template <char symbol, class T, class U> constexpr bool possible() {
-    constexpr bool integers = (std::is_integral<T>::value || std::is_enum<T>::value) && std::is_integral<U>::value;
-    return symbol == '+' || symbol == '-'
-               ? integers || std::is_pointer<T>::value != std::is_pointer<U>::value || std::is_floating_point<T>::value
-           : symbol == '/' || symbol == '%' || symbol == '&' || symbol == '|' || symbol == '^' || symbol == 'l' ||
-                   symbol == 'r'
-               ? integers
-               : true;
+    constexpr bool integers = std::is_integral<T>::value && std::is_integral<U>::value;
+    constexpr bool numbers = std::is_arithmetic<T>::value && std::is_arithmetic<U>::value;
+    switch (symbol) {
+    case '+':
+    case '-':
+        return numbers || (std::is_pointer<T>::value && std::is_integral<U>::value);
+    case '*':
+        return numbers;
+    case '<':
+    case '>':
+    case 'L':
+    case 'G':
+    case '=':
+    case '!':
+        return numbers || std::is_enum<T>::value || std::is_pointer<T>::value;
+    default:
+        return integers;
+    }
 }
 
 #define SKTEST_OPERATOR(symbol, sign, instead)                                                                         \

@@ -77,7 +77,7 @@ struct Case {
         return with([](Case &a) { a.data = Data::full; });
     }
     // NaN in the first block of features of one pixel of x and dy; ends in every result that reads them, in no other.
-    // For forward and dgrad.
+    // For forward and dgrad, and wgrad without filter: with one, wgrad multiplies NaN with the zeros around images.
     Case poisoned() const {
         return with([](Case &a) { a.poison = true; });
     }
