@@ -89,11 +89,35 @@ public:
         b.channel_bytes = channel_edge() * bytes();
         b.block_stages = b.channel_bytes / (2 * STEP_BYTES);
         b.stages = plan_.stages, b.splits = plan_.splits;
-        place_tables(b);
+        const Places at = places();
+        b.pitch = static_cast<int>(at.pitch);
+        b.tile = static_cast<uint32_t>(at.tile);
+        b.pixels = static_cast<uint32_t>(at.pixels);
+        b.taps = static_cast<uint32_t>(at.taps);
         return b;
     }
 
-    int64_t shared_bytes() const { return place_tables(nullptr); }
+    // Of shared memory: the warps' rings, the tile, then the tables.
+    struct Places {
+        int64_t pitch, tile, pixels, taps, end;
+    };
+    Places places() const {
+        const int64_t blocks = transposed_ ? problem_.rows() : problem_.cols();
+        const int64_t pixels = int64_t{plan_.tile_images} * largest_box(y(), transposed_, plan_.tile_h) *
+                               largest_box(x(), transposed_, plan_.tile_w);
+        Places at{};
+        // An odd number of 16 bytes: 8 neighbouring pixels lie in different banks.
+        at.pitch = blocks * channel_edge() * bytes() + 16;
+        if (pixels * at.pitch > TILE_LIMIT) {
+            refuse("a tile of at most " + std::to_string(TILE_LIMIT) + " bytes",
+                   std::to_string(pixels) + " pixels of " + std::to_string(at.pitch) + " bytes; use a smaller bm");
+        }
+        at.tile = int64_t{plan_.warps} * plan_.stages * stationary_stage_bytes(nb());
+        at.pixels = at.tile + pixels * at.pitch;
+        at.taps = at.pixels + int64_t{plan_.bm} * 8;
+        at.end = at.taps + ceil_div(int64_t{4} * problem_.taps(), 16) * 16;
+        return at;
+    }
 
     int64_t tiles(const StationaryArgs &b) const {
         return int64_t{b.y.phases(transposed_)} * b.x.phases(transposed_) * b.tiles_n * b.tiles_y * b.tiles_x;
@@ -155,31 +179,6 @@ private:
         }
     }
 
-    int64_t place_tables(StationaryArgs &b) const { return place_tables(&b); }
-
-    // Bytes of shared memory; where each part begins goes to `b`, if given.
-    int64_t place_tables(StationaryArgs *b) const {
-        const Problem &a = problem_;
-        const int64_t ring = int64_t{plan_.warps} * plan_.stages * stationary_stage_bytes(nb());
-        const int64_t blocks = transposed_ ? a.rows() : a.cols();
-        // An odd number of 16 bytes: 8 neighbouring pixels lie in different banks.
-        const int64_t pitch = blocks * channel_edge() * bytes() + 16;
-        const int64_t pixels = int64_t{plan_.tile_images} * largest_box(y(), transposed_, plan_.tile_h) *
-                               largest_box(x(), transposed_, plan_.tile_w);
-        if (pixels * pitch > TILE_LIMIT) {
-            refuse("a tile of at most " + std::to_string(TILE_LIMIT) + " bytes",
-                   std::to_string(pixels) + " pixels of " + std::to_string(pitch) + " bytes; use a smaller bm");
-        }
-        const int64_t pixel_table = ring + pixels * pitch, tap_table = pixel_table + int64_t{plan_.bm} * 8;
-        if (b) {
-            b->pitch = static_cast<int>(pitch);
-            b->tile = static_cast<uint32_t>(ring);
-            b->pixels = static_cast<uint32_t>(pixel_table);
-            b->taps = static_cast<uint32_t>(tap_table);
-        }
-        return tap_table + ceil_div(int64_t{4} * a.taps(), 16) * 16;
-    }
-
     const Problem &problem_;
     const ProductPlan &plan_;
     const bool transposed_;
@@ -192,7 +191,7 @@ bool aligned(const void *address, int64_t bytes) {
 }  // namespace
 
 int64_t stationary_shared_bytes(const Problem &problem, Step step, const ProductPlan &plan) {
-    return Product(problem, step, plan).shared_bytes();
+    return Product(problem, step, plan).places().end;
 }
 
 void stationary(const Problem &problem, Step step, const ProductPlan &plan, const void *source, int64_t source_ld,
@@ -226,7 +225,7 @@ void stationary(const Problem &problem, Step step, const ProductPlan &plan, cons
     launch.bm = plan.bm, launch.nb = product.nb();
     launch.grid_x = product.tiles(args), launch.grid_y = plan.splits, launch.grid_z = problem.groups;
     launch.threads = plan.warps * 32;
-    launch.shared_bytes = product.shared_bytes();
+    launch.shared_bytes = product.places().end;
     launch.stream = stream;
     switch (problem.dtype) {
     case Dtype::bfloat16:

@@ -36,9 +36,10 @@ struct StationaryArgs {
     int channel_bytes;    // of one block in a pixel of the tile
     bool aligned_result;  // every unit of every pixel begins on 16 bytes
 
-    // Shared memory: the warps' rings, the tile, then the tables.
     int stages, splits;
-    int pitch;  // bytes from one pixel of the tile to the next
+
+    // Shared memory: from one pixel of the tile to the next, and where the tile and the tables begin; rings come first.
+    int pitch;
     uint32_t tile, pixels, taps;
 };
 
