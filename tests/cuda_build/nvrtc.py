@@ -21,7 +21,12 @@ CUDA_SOURCES = ROOT / "csrc" / "cuda"
 # What the kernels' headers include for their host code, which becomes device code here that nobody calls: a run-time
 # compiler knows no other, and has no standard library.
 STAND_IN = """
-#pragma once
+#ifndef SK_STAND_IN
+#define SK_STAND_IN
+#define INT_MAX 2147483647
+#define INT_MIN (-INT_MAX - 1)
+#define INT32_MAX INT_MAX
+#define INT64_MAX 9223372036854775807LL
 typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long long int64_t;
 typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t; typedef unsigned long long uintptr_t; typedef long long intptr_t;
@@ -44,6 +49,7 @@ template <bool C, class A, class B> struct conditional { using type = A; };
 template <class A, class B> struct conditional<false, A, B> { using type = B; };
 template <bool C, class A, class B> using conditional_t = typename conditional<C, A, B>::type;
 }
+#endif
 """
 LAUNCH = """
 #pragma once
@@ -154,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wrong.append(f"sm_{arch} {source}: {len(found)} of {len(kernels)} kernels compiled")
             for kernel in found:
                 if kernel.spill_stores or kernel.spill_loads or kernel.stack:
-                    wrong.append(f"sm_{arch} {kernel.symbol}: {kernel}")
+                    name = ptxas.demangle([kernel.symbol])[kernel.symbol]
+                    spilled = f"{kernel.spill_stores} + {kernel.spill_loads} bytes of registers spilled"
+                    wrong.append(f"sm_{arch} {name}: {spilled}, {kernel.stack} bytes of stack")
             print(f"{source} sm_{arch}: {len(found)} kernels, {time.monotonic() - start:.0f} s", flush=True)
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"NVRTC {nvrtc.version()}: {total} kernels, {len(wrong)} problems")
