@@ -27,9 +27,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Built:
-    """Kernels of one build, the extension if all sources were built, and seconds per source as ninja noted them."""
+    """Kernels of one build, distinct warnings, the extension if all sources were built, and seconds per source as ninja
+    noted them."""
 
     kernels: tuple[ptxas.Kernel, ...]
+    warnings: tuple[str, ...]
     extension: Path | None
     seconds: dict[str, float]
 
@@ -69,22 +71,24 @@ def build(folder: Path, nvcc: str, archs: Sequence[str], pattern: str = "*", job
         raise BuildError(f"CMake failed:\n{done.stdout}{done.stderr}")
 
     for name in wanted:
-        made, log = folder / OBJECTS / f"{name}.o", logs / f"{name}.log"
-        if made.exists() and not (log.exists() and log.stat().st_mtime >= made.stat().st_mtime):
+        made, kept = folder / OBJECTS / f"{name}.o", logs / f"{name}.log"
+        if made.exists() and not (kept.exists() and kept.stat().st_mtime >= made.stat().st_mtime):
             made.unlink()
     whole = pattern == "*"
     targets = ["_C"] if whole else [str(OBJECTS / f"{name}.o") for name in wanted]
     command = [tool("cmake"), "--build", str(folder), "--parallel", str(jobs), "--target", *targets]
     run_build(command, logs, environment)
 
-    kernels = []
+    kernels, warnings = [], dict[str, None]()
     for name in wanted:
-        found = ptxas.parse(name, (logs / f"{name}.log").read_text())
+        log = (logs / f"{name}.log").read_text()
+        warnings |= dict.fromkeys(line.replace(f"{ROOT}/", "") for line in log.splitlines() if " warning " in line)
+        found = ptxas.parse(name, log)
         bounds = ptxas.launch_bounds((folder / OBJECTS / f"{name}.o").read_bytes())
         names = ptxas.demangle([kernel.symbol for kernel in found])
         kernels += [ptxas.complete(kernel, names, bounds) for kernel in found]
     extension = next(iter(folder.glob("_C.*.so")), None) if whole else None
-    return Built(tuple(kernels), extension, seconds(folder, wanted))
+    return Built(tuple(kernels), tuple(warnings), extension, seconds(folder, wanted))
 
 
 def run_build(command: Sequence[str], logs: Path, environment: dict[str, str]) -> None:

@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(f"{name}: {took:.0f} s" for name, took in sorted(built.seconds.items())), sep=", ")
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         print(f"largest compiler process: {peak:.1f} GiB ({platform.machine()})")
+    print(*built.warnings, sep="\n", end="\n" if built.warnings else "")
     wrong = [f"sm_{k.arch} {k.name}: {'; '.join(found)}" for k in kernels if (found := ptxas.problems(k))]
     wrong += differences(kernels)
     if built.extension:
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(
         f"nvcc {compiler}: {len(kernels)} kernels for sm_{', sm_'.join(sorted({k.arch for k in kernels}))}, "
-        f"{len(wrong)} problems, {time.monotonic() - start:.0f} s"
+        f"{len(wrong)} problems, {len(built.warnings)} warnings, {time.monotonic() - start:.0f} s"
     )
     return 1 if wrong or not kernels else 0
 
