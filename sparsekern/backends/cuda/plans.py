@@ -288,9 +288,12 @@ def boxes(problem: Problem, pixels: int) -> list[tuple[int, int, int]]:
     """
     window = window_of(problem)
     assert window is not None
+    down, across = axes(window, problem.step == "dgrad")
     sides = [1 << i for i in range(pixels.bit_length())]
-    every = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
-    every = [tile for tile in every if tile[0] == 1 or tile[0] < 2 * window.images or tile[1] * tile[2] == 1]
+    pairs = itertools.product(
+        (h for h in sides if h < 2 * down.per_phase), (w for w in sides if w < 2 * across.per_phase)
+    )
+    every = [(pixels // (h * w), h, w) for h, w in pairs if h * w <= pixels]
     return sorted(every, key=lambda tile: (tiles_of(problem, tile), pixels_of_box(problem, tile), tile))
 
 
