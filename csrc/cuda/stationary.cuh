@@ -85,8 +85,7 @@ kernel(SK_ARGS(StationaryArgs) args) {
     const Tile<E, Transposed> tile(args);
     if (tile.empty()) return;
     const Shared memory = shared_memory(), pixels = memory + args.pixels, taps = memory + args.taps;
-    tile.load(memory + args.tile);
-    cp_async_commit();
+    tile.load(memory + args.tile);  // goes with the first stage's copies: the ring fills before the tile is waited for
 
     const int warps = thread_count() / 32, warp = warp_id();
     Feeder<E, Transposed, Nb> feeder(args, block_y() * warps + warp, args.splits * warps);
