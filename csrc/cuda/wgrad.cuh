@@ -23,24 +23,26 @@ SK_DEVICE void multiply_piece(float (&sums)[T::m_tiles][T::n_tiles][4], const ui
     }
 }
 
-// Count pieces, known when compiled: no test between their multiplications. x of a piece is loaded while the one before
-// is multiplied, because the compiler moves no ldmatrix ahead of an mma.
+// Count pieces, known when compiled: no test between their multiplications. x of a 16-bit piece is loaded while the one
+// before is multiplied, because the compiler moves no ldmatrix ahead of an mma.
 template <class T, int Count>
 SK_DEVICE void multiply(const WgradCut &cut, Shared dy, Shared x, const Share<T> &share, Accumulators<T> &sums) {
     using Operands = WgradOperands<T>;
     using E = typename T::E;
+    constexpr int ahead = E::bytes == 2 ? 1 : 0;
     const Shared x_rows = shared_memory() + cut.x_rows;
     typename Operands::DyRows dy_at = Operands::dy_rows(dy, cut.dy.pitch);
     SK_NO_UNROLL
     for (int pixel = 0; pixel < cut.dy.rows; pixel += E::depth) {
         const typename Operands::XRows x_at = Operands::x_rows(x, x_rows, pixel);
-        uint32_t a[T::m_tiles][4], b[2][T::n_tiles][2];
-        Operands::load_x(b[0], x_at, share.x[0]);
+        uint32_t a[T::m_tiles][4], b[1 + ahead][T::n_tiles][2];
+        if (ahead) Operands::load_x(b[0], x_at, share.x[0]);
         SK_UNROLL
         for (int j = 0; j < Count; ++j) {
             Operands::load_dy(j == 0 || share.dy[j] != share.dy[j - 1], a, dy_at + share.dy[j], cut.dy.pitch);
-            if (j + 1 < Count) Operands::load_x(b[(j + 1) % 2], x_at, share.x[j + 1]);
-            multiply_piece<T>(sums.at[j], a, b[j % 2]);
+            const int next = j + ahead;
+            if (next < Count) Operands::load_x(b[next % (1 + ahead)], x_at, share.x[next]);
+            multiply_piece<T>(sums.at[j], a, b[j % (1 + ahead)]);
         }
         dy_at += E::depth * cut.dy.pitch;
     }
@@ -118,7 +120,6 @@ SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Ac
         }
         free = stage;
     }
-    cp_async_wait<0>();
     barrier();
 }
 
@@ -159,10 +160,11 @@ SK_DEVICE void store_piece_sums(const WgradArgs &args, const Piece &piece,
 }
 
 template <class T>
-SK_DEVICE void store_share(const WgradArgs &args, const Share<T> &share, const Accumulators<T> &sums) {
+SK_DEVICE void store_share(const WgradArgs &args, int listed, const Share<T> &share, const Accumulators<T> &sums) {
+    const int first = share_start(listed, warp_id());
     SK_UNROLL
     for (int j = 0; j < T::pieces; ++j) {
-        if (j < share.count) store_piece_sums<T>(args, load_piece(share.at(args, j)), sums.at[j]);
+        if (j < share.count) store_piece_sums<T>(args, load_listed(args, first + j), sums.at[j]);
     }
 }
 
@@ -191,7 +193,8 @@ SK_DEVICE void write_tables(const WgradArgs &args) {
     count_blocks(args, window);
 }
 
-// The window's pieces from `first` on, as many as the warps hold, or an even share of what is left; returns how many.
+// One pass over the pixels for the window's pieces from `first` on: what the warps hold, or an even share of what is
+// left. Returns how many.
 template <class T> SK_DEVICE int pass(const WgradArgs &args, int first) {
     using E = typename T::E;
     const Window window = read_window(args);
@@ -204,7 +207,7 @@ template <class T> SK_DEVICE int pass(const WgradArgs &args, int first) {
     const bool with_bias = window.bias && first == 0;
     BiasSums<E> bias(args, with_bias);
     if (size || with_bias) pass_over_pixels<T>(args, share, sums, bias);
-    store_share<T>(args, share, sums);
+    store_share<T>(args, size, share, sums);
     if (with_bias) bias.store(args);
     return size;
 }
@@ -217,7 +220,7 @@ template <class T> SK_KERNEL(WGRAD_THREADS, 1) wgrad_kernel(SK_ARGS(WgradArgs) a
     do {
         first += pass<T>(args, first);
         barrier();  // list and ring are free
-    } while (first < pieces_of<T>(args, read_window(args)));
+    } while (agreed(first < pieces_of<T>(args, read_window(args))));
 }
 
 // -- host

@@ -165,24 +165,38 @@ template <class T> SK_DEVICE void list_pieces(const WgradArgs &args, const Windo
     }
 }
 
-// A warp's share of the list.
+// These tell the compiler that all lanes have the same value: it then lies in a uniform register, as long as the
+// branches around it are seen to be uniform, too. The lanes' own registers are all in use.
+SK_DEVICE int uniform(int value) {
+    return shuffle(value, 0);
+}
+SK_DEVICE bool agreed(bool value) {
+    return ballot(value) != 0;
+}
+
+// Where a warp's share of a list of `listed` pieces starts. Shares are even: one warp with more to do would hold up
+// all. Worked out anew where it is needed, which takes no register in between.
+SK_DEVICE int share_start(int listed, int warp) {
+    return warp * listed / (thread_count() / 32);
+}
+
+SK_DEVICE Piece load_listed(const WgradArgs &args, int i) {
+    return load_piece(shared_memory() + args.cut.pieces + i * 16);
+}
+
+// A warp's share of the list, as its products want it.
 template <class T> struct Share {
-    int first, count;
+    int count;
     int dy[T::pieces], x[T::pieces];  // as in Piece
 
-    // Of a list of `listed` pieces, spread evenly: a warp more or less busy than its neighbours would hold up all.
     SK_DEVICE Share(const WgradArgs &args, int listed) {
-        const int warps = thread_count() / 32;
-        first = warp_id() * listed / warps;
-        count = (warp_id() + 1) * listed / warps - first;
+        const int first = share_start(listed, warp_id());
+        count = share_start(listed, warp_id() + 1) - first;
         SK_UNROLL
         for (int j = 0; j < T::pieces; ++j) {
-            const Piece piece = j < count ? load_piece(at(args, j)) : Piece{};
-            dy[j] = piece.dy, x[j] = piece.x;
+            const Piece piece = j < count ? load_listed(args, first + j) : Piece{};
+            dy[j] = uniform(piece.dy), x[j] = uniform(piece.x);
         }
-    }
-    SK_DEVICE Shared at(const WgradArgs &args, int j) const {
-        return shared_memory() + args.cut.pieces + (first + j) * 16;
     }
 };
 
