@@ -43,7 +43,7 @@ public:
     SK_DEVICE void consume(Sums<T::OUTPUTS> &sums, Shared stage, uint32_t present) const {
         if constexpr (T::ROWS == 1) {
             const int steps = bit_count(present) << steps_log_;
-            if (steps == STEPS) {
+            if (T::Edge == 128 && steps == STEPS) {
                 consume_row<true>(sums, stage, steps);
             } else {
                 consume_row<false>(sums, stage, steps);
@@ -125,9 +125,12 @@ template <class T> class Ring {
 public:
     SK_DEVICE Ring(const Args &a, const Spot &spot, int warp, Shared stages, Shared taps)
         : a_(a), begin_(stages), bytes_(static_cast<Shared>(a.stage_bytes)), write_(stages), read_(stages),
-          pixels_(a, spot, warp), weights_(a, warp), walk_(a, spot, taps) {
+          walk_(a, spot, taps), pixels_(a, spot, warp), weights_(a, warp) {}
+
+    // Once the taps are in shared memory.
+    SK_DEVICE void fill() {
         next_ = walk_.take();
-        for (int i = 0; i < a.stages - 1; ++i) push();
+        for (int i = 0; i < a_.stages - 1; ++i) push();
     }
 
     // The rows of the next stage, 0 at the end. The stage before it is free from here on.
@@ -170,9 +173,9 @@ private:
     const Args &a_;
     const Shared begin_, bytes_;
     Shared write_, read_;
+    Walk<E, T::Transposed, T::ROWS> walk_;
     PixelCopy<E, T::Transposed> pixels_;
     WeightCopy<E, T::Transposed, T::Edge> weights_;
-    Walk<E, T::Transposed, T::ROWS> walk_;
     Ticket next_;
     uint32_t first_ = 0, second_ = 0, third_ = 0;  // rows of the stages under way, the last first
 };
@@ -193,10 +196,11 @@ template <class E, bool Transposed, int Edge> SK_KERNEL(256, Edge == 64 ? 2 : 1)
     const int warp = warp_id();
     const Shared stages = shared_memory();
     const Shared taps = stages + static_cast<Shared>(args.stages * args.stage_bytes);
+    Ring<T> ring(args, spot, warp, stages, taps);
     write_taps<Transposed>(args, spot, taps);
     barrier();
+    ring.fill();
 
-    Ring<T> ring(args, spot, warp, stages, taps);
     const Consumer<T> consumer(args, warp);
     Sums<T::OUTPUTS> sums;
     clear<T::OUTPUTS>(sums);
@@ -205,7 +209,9 @@ template <class E, bool Transposed, int Edge> SK_KERNEL(256, Edge == 64 ? 2 : 1)
         consumer.consume(sums, ring.front(), present);
         ring.release();
     }
-    Result<E, Transposed, T::OUTPUTS>(args, spot, warp).store(sums);
+    // Found again, so that the spot takes no registers until here.
+    const Spot same_spot = spot_of<Transposed>(args, keep(block_x()));
+    Result<E, Transposed, T::OUTPUTS>(args, same_spot, warp).store(sums);
 }
 
 // -- launch

@@ -100,8 +100,8 @@ private:
             const char *source = base_ + (int64_t{place_[i]} + ticket.where) * E::bytes;
             store_shared(row_of(to, i), BoxWalk<E>::gather(reinterpret_cast<const typename E::Storage *>(source),
                                                            inside ? elements : 0));
-            // The elements of 4 pixels at a time: those of 8 don't find registers.
-            if (i % 4 == 3) warp_barrier();
+            // The elements of 2 pixels at a time: more don't always find registers.
+            if (i % 2 == 1) warp_barrier();
         }
     }
 

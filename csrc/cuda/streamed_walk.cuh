@@ -78,7 +78,8 @@ struct Ticket {
 template <class E, bool Transposed, int Rows> class Walk {
 public:
     SK_DEVICE Walk(const Args &a, const Spot &spot, Shared taps)
-        : a_(a), taps_(taps), row_(Rows == 1 ? 0 : keep(lane_id() & (Rows - 1))), entry_(keep(lane_id() / Rows)) {
+        : a_(a), taps_(taps), row_(Rows == 1 ? 0 : keep(lane_id() & (Rows - 1))),
+          entry_(Rows == 1 ? lane_id() : keep(lane_id() / Rows)) {
         const int panel = spot.group * a.panels + spot.panel, row = spot.panel * Rows + row_;
         next_ = load_global(a.list_ptr + panel);
         end_ = load_global(a.list_ptr + panel + 1);
@@ -116,18 +117,23 @@ private:
         const bool inside = next_ + lane_id() < end_;
         next_ += 32;
         read_ahead();
-        slot_ += bit_count(having_);
-        SK_UNROLL
-        for (int row = 0; row < Rows; ++row) {
-            const uint32_t having = ballot(inside && (Rows == 1 || (entry >> row & 1)));
-            if (row == row_) having_ = having;
-        }
+        if constexpr (Rows > 1) note_rows(inside ? entry : 0);
         const int code = static_cast<int>(Rows == 1 ? entry : entry >> Rows);
         const int tap = code / a_.columns, column = code - tap * a_.columns;
         const Words2 found = load_shared<Words2>(taps_ + static_cast<Shared>(tap * TAP_BYTES));
         where_ = static_cast<int>(found.x) + column * a_.column_units;
         bits_ = found.y | (column == a_.columns - 1 ? LAST : 0);
         valid_ = ballot(inside && found.y != 0);
+    }
+
+    // For each row of the panel, which of the lanes' entries have it.
+    SK_DEVICE void note_rows(uint32_t entry) {
+        slot_ += bit_count(having_);
+        SK_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+            const uint32_t having = ballot(entry >> row & 1);
+            if (row == row_) having_ = having;
+        }
     }
 
     SK_DEVICE static uint32_t pick(const uint32_t (&from)[STEPS + 1], int n) {
@@ -139,9 +145,14 @@ private:
 
     // `left`: entries from the one that this lane finds the block of.
     SK_DEVICE void take_blocks(Ticket &ticket, uint32_t left) const {
-        const uint32_t entry = left & (0 - left);
-        const bool present = (having_ & entry) != 0;
-        ticket.block = slot_ + bit_count(having_ & (entry - 1));
+        bool present = left != 0;
+        if constexpr (Rows == 1) {
+            ticket.block = present ? next_ - 32 + first_bit(left) : 0;
+        } else {
+            const uint32_t entry = left & (0 - left);
+            present = (having_ & entry) != 0;
+            ticket.block = slot_ + bit_count(having_ & (entry - 1));
+        }
         if (Transposed && present) ticket.block = load_global(a_.perm + ticket.block);
         ticket.present = ballot(present);
     }
@@ -167,7 +178,7 @@ private:
     // Of this lane's entry.
     int where_ = 0;
     uint32_t bits_ = 0;
-    // Of this lane's row: the entries in registers that have it, and its slot at the first of them.
+    // Of this lane's row, where a panel has several: the entries in registers that have it, and the block of the first.
     uint32_t having_ = 0;
     int slot_ = 0;
 };
