@@ -120,7 +120,7 @@ SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Ac
         }
         free = stage;
     }
-    barrier();
+    barrier();  // all have read the last tile
 }
 
 // -- storing
