@@ -50,6 +50,8 @@ inline std::vector<Case> linear_cases() {
     cases.push_back(linear(33, 80, 64).one());
     cases.push_back(linear(33, 80, 64, 32, 32).one().spare(0).no_bias());
     cases.push_back(linear(37, 64, 64).all().spare(0).gapped());
+    cases.push_back(linear(37, 41, 55).all().gapped().masked());
+    cases.push_back(linear(21, 77, 90, 32, 32).full_rows().gapped());
     cases.push_back(linear(37, 64, 80).poisoned());
     cases.push_back(linear(37, 96, 96, 32, 32).all().poisoned().no_bias());
     cases.push_back(linear(20, 41, 55).full_rows().poisoned().masked());
@@ -78,6 +80,7 @@ inline std::vector<Case> conv_cases() {
             conv(1, 32, 9, 5, 32, 3, 1).pad(1, 1, 0, 0).masked(),
             conv(1, 32, 7, 7, 16, 5, 5).pad(2).all().no_bias(),
             conv(1, 16, 5, 5, 64, 3, 3).pad(1).all().gapped(),
+            conv(2, 20, 5, 6, 37, 3, 3).pad(1).full_rows().gapped().masked(),
             conv(1, 160, 3, 4, 144, 1, 1).density(0.25).spare(4),
             // stride and dilation; inputs that no output reads
             conv(2, 32, 7, 7, 32, 3, 3).pad(1).stride(2, 2),

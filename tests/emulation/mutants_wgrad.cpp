@@ -24,6 +24,10 @@ namespace {
 const std::vector<Cut<sparsekern::cuda::WgradPlan>> kCuts = {
     {linear(70, 130, 104).masked().full_rows(), {4, 2, 16, 1, 1, 2, 2, 1}},
     {linear(20, 41, 55).poisoned().masked().full_rows(), {2, 2, 16, 1, 1, 2, 2, 2}},
+    {linear(20, 21, 301).full_rows().gapped(),
+     {19, 1, 16, 1, 1, 5, 2, 1}},  // rows of shared memory longer than 512 bytes
+    {linear(20, 301, 21).full_rows().gapped(), {1, 19, 16, 1, 1, 2, 2, 1}},
+    {conv(1, 96, 4, 4, 96, 1, 1).groups(2).full_rows(), {2, 2, 1, 4, 4, 1, 2, 1}},  // windows that end with a group
     {linear(40, 96, 88).all(), {6, 1, 16, 1, 1, 1, 3, 1}},
     {linear(24, 128, 64, 16, 32).all(), {4, 4, 16, 1, 1, 1, 2, 1}},  // several passes
     {linear(24, 64, 128, 32, 16).all(), {4, 4, 16, 1, 1, 1, 2, 1}},

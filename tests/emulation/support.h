@@ -65,7 +65,7 @@ struct Case {
     Case masked() const {
         return with([](Case &a) { a.mask = true; });
     }
-    // Views that 16-byte copies can read, and views that they cannot.
+    // Views that 16-byte copies can read, however ragged the channels, and views that they cannot.
     Case gapped() const {
         return with([](Case &a) { a.gap = 8; });
     }
@@ -131,9 +131,9 @@ public:
     Fixture(const Case &description, Dtype dtype)
         : about(description), problem(about.problem(dtype)), random_(about.seed_ * 0x9e3779b97f4a7c15ull + 1),
           blocks(problem, about.stored, about.density_, about.empty, about.spare_, random_),
-          x_ld(problem.c + about.gap), dy_ld(problem.o + about.gap), index(blocks.index()),
-          x(pixels_x() * x_ld - (pixels_x() ? about.gap : 0), bytes(), about.skew),
-          dy(pixels_y() * dy_ld - (pixels_y() ? about.gap : 0), bytes(), about.skew),
+          x_ld(row_length(problem.c)), dy_ld(row_length(problem.o)), index(blocks.index()),
+          x(extent(pixels_x(), problem.c, x_ld), bytes(), about.skew),
+          dy(extent(pixels_y(), problem.o, dy_ld), bytes(), about.skew),
           values(blocks.capacity * problem.bo * problem.bi, bytes()), bias(problem.o, bytes(), about.skew),
           mask(blocks.capacity * mask_stride(), 1) {
         problem.capacity = blocks.capacity;
@@ -191,6 +191,13 @@ public:
     }
 
 private:
+    int64_t row_length(int64_t channels) const {
+        return about.gap == 8 ? (channels + 7) / 8 * 8 + about.gap : channels + about.gap;
+    }
+    // The last pixel ends with its last channel.
+    static int64_t extent(int64_t pixels, int64_t channels, int64_t ld) {
+        return pixels ? (pixels - 1) * ld + channels : 0;
+    }
     void fill(Array &array, std::vector<double> &dense, int64_t pixels, int channels, int64_t ld, int per_group,
               int edge) {
         for (int64_t i = 0; i < pixels; ++i) {
