@@ -83,8 +83,7 @@ template <> SK_DEVICE void store_one<Tf32>(void *to, int64_t element, float valu
     store_global(static_cast<float *>(to) + element, value);
 }
 
-// -- the second kernel of split wgrad
-// ---------------------------------------------------------------------------------------------
+// -- the second kernel of split wgrad --
 
 constexpr int REDUCE_THREADS = 256;
 

@@ -26,8 +26,7 @@ template <class E_, bool Transposed_, int Edge_> struct Traits {
     using Tile = WeightTile<E, Transposed, Edge>;
 };
 
-// -- products
-// ----------------------------------------------------------------------------------------------------------
+// -- products --
 
 template <class T> class Consumer {
     using E = typename T::E;
@@ -116,8 +115,7 @@ private:
     const Shared source_, weights_;  // of this lane, from the start of a stage
 };
 
-// -- the ring
-// ----------------------------------------------------------------------------------------------------------
+// -- the ring --
 
 template <class T> class Ring {
     using E = typename T::E;
@@ -180,8 +178,7 @@ private:
     uint32_t first_ = 0, second_ = 0, third_ = 0;  // rows of the stages under way, the last first
 };
 
-// -- kernel
-// ------------------------------------------------------------------------------------------------------------
+// -- kernel --
 
 template <int Outputs> SK_DEVICE void clear(Sums<Outputs> &sums) {
     SK_UNROLL
@@ -214,8 +211,7 @@ template <class E, bool Transposed, int Edge> SK_KERNEL(256, Edge == 64 ? 2 : 1)
     Result<E, Transposed, T::OUTPUTS>(args, same_spot, warp).store(sums);
 }
 
-// -- launch
-// ------------------------------------------------------------------------------------------------------------
+// -- launch --
 
 // Positions of tiles of `tile` over `extent` pixels cut into phases; the first phase is the largest.
 inline int64_t tiles_over(int64_t extent, int phases, int tile) {

@@ -177,8 +177,11 @@ private:
     }
     // Where this lane's 16 bytes of a piece lie in the block.
     SK_DEVICE int piece_to(int piece) const {
-        if (!Transposed) return to_ ^ Step::place(piece << features_log(), 0);
-        return (to_ ^ Step::place(piece % STEP_PIECES * PIECE_ROWS, 0)) + piece / STEP_PIECES * Tile::step_bytes;
+        if constexpr (Transposed) {
+            return (to_ ^ Step::place(piece % STEP_PIECES * PIECE_ROWS, 0)) + piece / STEP_PIECES * Tile::step_bytes;
+        } else {
+            return to_ ^ Step::place(piece << features_log(), 0);
+        }
     }
 
     const Args &a_;

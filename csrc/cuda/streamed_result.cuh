@@ -84,13 +84,13 @@ private:
     }
 
     template <bool Whole> SK_DEVICE static void store_chunk(Storage *to, const uint32_t (&words)[4], int count) {
-        if (Whole) {
+        if constexpr (Whole) {
             store_global(reinterpret_cast<Words4 *>(to), Words4{words[0], words[1], words[2], words[3]});
-            return;
-        }
-        SK_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            if (i < count) store_global(to + i, static_cast<Storage>(words[i / 2] >> (i % 2 * 16)));
+        } else {
+            SK_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                if (i < count) store_global(to + i, static_cast<Storage>(words[i / 2] >> (i % 2 * 16)));
+            }
         }
     }
 

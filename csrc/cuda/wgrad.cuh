@@ -10,8 +10,7 @@ namespace cuda {
 
 constexpr int WGRAD_THREADS = 512;
 
-// -- the product of one tile
-// ------------------------------------------------------------------------------------------------------
+// -- the product of one tile --
 
 template <class T>
 SK_DEVICE void multiply_piece(float (&sums)[T::m_tiles][T::n_tiles][4], const uint32_t (&a)[T::m_tiles][4],
@@ -57,8 +56,7 @@ SK_DEVICE void multiply_share(const WgradCut &cut, Shared dy, Shared x, const Sh
     }
 }
 
-// -- the ring of tiles
-// ------------------------------------------------------------------------------------------------------------
+// -- the ring of tiles --
 
 // For each output pixel of a tile: bytes from the start of the tile of x to the pixel that the first tap reads.
 SK_DEVICE void write_x_rows(const WgradArgs &args) {
@@ -123,8 +121,7 @@ SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Ac
     barrier();  // all have read the last tile
 }
 
-// -- storing
-// ----------------------------------------------------------------------------------------------------------------------
+// -- storing --
 
 // One row of a piece: the lane's results of all n-tiles. `element` is the row's first, within the block.
 template <class T>
@@ -181,8 +178,7 @@ template <class E> SK_DEVICE void clear_spare_slots(const WgradArgs &args) {
     }
 }
 
-// -- kernel
-// ----------------------------------------------------------------------------------------------------------------------
+// -- kernel --
 
 SK_DEVICE void write_tables(const WgradArgs &args) {
     const Window window = find_window(args);
@@ -223,8 +219,7 @@ template <class T> SK_KERNEL(WGRAD_THREADS, 1) wgrad_kernel(SK_ARGS(WgradArgs) a
     } while (agreed(first < pieces_of<T>(args, read_window(args))));
 }
 
-// -- host
-// ----------------------------------------------------------------------------------------------------------------------
+// -- host --
 
 inline int log2_of(int power) {
     int log2 = 0;
