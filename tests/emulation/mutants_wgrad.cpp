@@ -34,7 +34,7 @@ const std::vector<Cut<sparsekern::cuda::WgradPlan>> kCuts = {
     {linear(75, 30, 90, 32, 16).full_rows().unaligned(), {1, 2, 32, 1, 1, 1, 3, 2}},
     {conv(2, 40, 9, 6, 48, 3, 3).pad(1, 0, 0, 2).block(16, 32).stride(2, 1).dilation(1, 2).masked(),
      {2, 1, 1, 2, 8, 2, 4, 2}},
-    {conv(3, 24, 11, 7, 90, 2, 3).pad(1, 2, 2, 1).block(64, 16).stride(1, 2).dilation(3, 1), {1, 2, 2, 4, 2, 2, 3, 2}},
+    {conv(3, 24, 11, 7, 90, 2, 3).pad(1, 2, 2, 1).block(64, 16).stride(1, 2).dilation(3, 1), {1, 2, 2, 4, 2, 2, 3, 3}},
     {conv(5, 64, 3, 9, 56, 1, 3).pad(0, 0, 1, 1).block(32, 32).groups(4), {2, 1, 4, 1, 4, 1, 2, 3}},
     {conv(2, 56, 3, 9, 64, 1, 3).pad(0, 0, 1, 1).block(32, 32).groups(4), {2, 1, 1, 1, 16, 1, 2, 1}},
     {conv(3, 128, 5, 4, 24, 3, 2).pad(0, 1, 1, 0).block(16, 64).all().stride(1, 2).no_bias(), {2, 1, 4, 2, 2, 4, 3, 1}},
