@@ -64,6 +64,7 @@ PARTNER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])} | {"t_perm": "
 OPERATORS = {"<<": "l", ">>": "r", "<=": "L", ">=": "G", "==": "=", "!=": "!"} | {c: c for c in "+-*/%&|^<>"}
 
 
+MAPS = "fragments.h"  # where elements lie in fragments, of the emulation
 # Included for a part that has no mutations.
 UNUSED = {"stationary": set(), "streamed": {"box.cuh"}, "wgrad": {"box.cuh"}}
 # Only how large a problem may be: these tests have none that is too large.
@@ -186,6 +187,15 @@ class Source:
             if number := self.mutation(f"operator {found[1]}", start, context):
                 self.around(end, end, f"sktest::Operator<'{OPERATORS[found[1]]}'>{{{number}}}{found[1]}", "")
 
+    def maps(self) -> None:
+        """Places of elements in fragments, in the emulation's multiply and matrix instructions."""
+        for found in re.finditer(r"\[[^\[\]]*\b(?:group|member|inner|outer|row)\b[^\[\]]*\]", self.code):
+            place = found.group()[1:-1]
+            if number := self.mutation("map", found.start(), place):
+                self.around(
+                    found.start() + 1, found.end() - 1, f"(sktest::mutated({number}) ? (", f") ^ 1 : ({place}))"
+                )
+
     def conditions(self) -> None:
         for found in re.finditer(r"\bif \(", self.code):
             start, end = found.end(), closing(self.code, found.end() - 1)
@@ -205,8 +215,9 @@ class Mutants:
     Args:
         family: stationary, streamed or wgrad.
         folder: for copies of the sources and the executable; one per object.
-        what: "faults" of synchronization and names; "survey", every operator and condition of the kernels; "maps",
-            every operator in the emulation's multiply and matrix instructions, which kernels must disagree with.
+        what: "faults" of synchronization and names and, of one family, of places within fragments; "survey", every
+            operator and condition of the kernels; "maps", every operator in the emulation's multiply and matrix
+            instructions, which kernels must disagree with.
     """
 
     def __init__(self, family: str, folder: Path, *, what: str = "faults") -> None:
@@ -216,7 +227,10 @@ class Mutants:
         self.copies.mkdir()
         for path in [*KERNELS.iterdir(), *EMULATION.glob("*.h"), *EMULATION.glob("mutants_*.cpp")]:
             shutil.copy(path, self.copies)
-        files = ["fragments.h"] if what == "maps" else self._included()
+        files = [] if what == "maps" else self._included()
+        # One family notices every wrong place: its kernels use both kinds of matrix loads.
+        if what == "maps" or (what == "faults" and family == "stationary"):
+            files.append(MAPS)
         self.originals = {file: (self.copies / file).read_text() for file in files}
         # A name whose partner another struct lacks does not compile: what the compiler refuses is left out.
         barred: set[tuple[str, int, str]] = set()
@@ -239,7 +253,9 @@ class Mutants:
         self.mutations: list[Mutation] = []
         for file, text in self.originals.items():
             source = Source(file, text, len(self.mutations) + 1, barred)
-            if self.what == "faults":
+            if self.what == "faults" and file == MAPS:
+                source.maps()
+            elif self.what == "faults":
                 source.synchronization()
                 source.names()
             else:
@@ -290,13 +306,14 @@ class Mutants:
 
 
 def sample(mutations: list[Mutation]) -> list[Mutation]:
-    """Every fault of synchronization, and the first of each kind of the others."""
+    """Every fault of synchronization, the first of each kind of swapped names, one wrong place per line of the maps."""
     seen: set[str] = set()
     out = []
     for mutation in mutations:
-        if not mutation.kind.startswith("taken for") or mutation.kind not in seen:
+        kind = f"{mutation.kind} {mutation.line}" if mutation.kind == "map" else mutation.kind
+        if kind not in seen or not kind.startswith(("taken for", "map")):
             out.append(mutation)
-        seen.add(mutation.kind)
+        seen.add(kind)
     return out
 
 

@@ -1,7 +1,8 @@
 """The host emulation that tests the CUDA kernels: its packed indices are the package's, and it notices faults.
 
 The kernels' own tests are C++ (tests/emulation). Here faults are put into copies of the kernels, one at a time, and the
-emulation must complain about each: a missing barrier or wait, one dimension taken for another.
+emulation must complain about each: a missing barrier or wait, one dimension taken for another, a wrong place in a
+fragment.
 """
 
 from __future__ import annotations
