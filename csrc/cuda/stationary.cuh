@@ -10,6 +10,7 @@
 #pragma once
 
 #include "launch.cuh"
+#include "ring.cuh"
 #include "stationary_feeder.cuh"
 #include "stationary_result.cuh"
 #include "stationary_tile.cuh"
@@ -17,17 +18,6 @@
 namespace sparsekern {
 namespace cuda {
 namespace stationary_kernel {
-
-// All but one stage of the ring are under way while one is multiplied. (The constant is the instruction's.)
-SK_DEVICE void wait_for_stage(int stages) {
-    if (stages > 3) {
-        cp_async_wait<2>();
-    } else if (stages > 2) {
-        cp_async_wait<1>();
-    } else {
-        cp_async_wait<0>();
-    }
-}
 
 template <int Bm, int Nb> SK_DEVICE void clear(Sums<Bm, Nb> &sums) {
     SK_UNROLL
@@ -65,7 +55,7 @@ SK_DEVICE void run(int stages, Feeder<E, Transposed, Nb> &feeder, Shared ring, c
         const uint32_t card = feeder.card(place);
         if (turn == 0) wait_for_tile();
         if (card & Card::end) return;
-        wait_for_stage(stages);
+        wait_for_oldest(stages);
         // Now the stage at `place` is complete, and all lanes have read the one at `vacant`.
         warp_barrier();
         feeder.push(vacant);

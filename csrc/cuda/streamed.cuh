@@ -11,6 +11,7 @@
 #include <string>
 
 #include "launch.cuh"
+#include "ring.cuh"
 #include "streamed.h"
 #include "streamed_result.cuh"
 
@@ -135,7 +136,7 @@ public:
     SK_DEVICE uint32_t pop() {
         const uint32_t present = a_.stages == 4 ? third_ : a_.stages == 3 ? second_ : first_;
         if (present == 0) return 0;
-        wait();
+        wait_for_oldest(a_.stages);
         barrier();
         return present;
     }
@@ -155,15 +156,6 @@ public:
     SK_DEVICE void release() { read_ = following(read_); }
 
 private:
-    SK_DEVICE void wait() const {
-        if (a_.stages == 4) {
-            cp_async_wait<2>();
-        } else if (a_.stages == 3) {
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-    }
     SK_DEVICE Shared following(Shared stage) const {
         return stage + bytes_ == begin_ + static_cast<Shared>(a_.stages) * bytes_ ? begin_ : stage + bytes_;
     }

@@ -2,6 +2,7 @@
 // dw[o, i] += dy[pixel, o] * x[pixel moved by the tap, i] over all pixels, for the stored blocks of one window.
 #pragma once
 
+#include "ring.cuh"
 #include "wgrad_bias.cuh"
 #include "wgrad_operands.cuh"
 
@@ -77,17 +78,6 @@ template <class E> SK_DEVICE void copy_stage(const WgradArgs &args, Shared stage
                  x * args.stride_w - args.pad_left);
 }
 
-// Until only the newest stages - 2 tiles are under way.
-SK_DEVICE void wait_for_tile(int stages) {
-    if (stages == 2) {
-        cp_async_wait<0>();
-    } else if (stages == 3) {
-        cp_async_wait<1>();
-    } else {
-        cp_async_wait<2>();
-    }
-}
-
 // All tiles of this split.
 template <class T>
 SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Accumulators<T> &sums,
@@ -103,7 +93,7 @@ SK_DEVICE void pass_over_pixels(const WgradArgs &args, const Share<T> &share, Ac
     for (int tile = 1 - args.stages; tile < tiles; ++tile) {
         const Shared stage = free == last_stage ? ring : free + cut.stage_bytes;  // where `tile` lies
         if (tile >= 0) {
-            wait_for_tile(args.stages);
+            wait_for_oldest(args.stages);
             round_tile<E>(stage + dy_bytes, cut.x);
             barrier();  // all threads' copies of this tile have arrived, and all have read the one before
         }
