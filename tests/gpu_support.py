@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -50,3 +51,27 @@ def capture(step):
     with torch.cuda.graph(graph):
         captured = step()
     return graph, captured
+
+
+def memory_of_a_step():
+    """Bytes that a training step of a 4096 x 4096 layer at 98 %, 16 tokens, takes besides what is there."""
+    layout = on_gpu((4096, 4096), (64, 64), 0.02)
+    values = layout.from_dense(draw(4096, 4096, dtype=torch.bfloat16)).requires_grad_()
+    x, dy = draw(16, 4096, dtype=torch.bfloat16).requires_grad_(), draw(16, 4096, dtype=torch.bfloat16)
+    sk.sparse_linear(x, values, layout).backward(dy)
+    values.grad = x.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sk.sparse_linear(x, values, layout).backward(dy)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def long_layer():
+    """Layout, values, and x of more than 2^31 elements; the test is skipped where that does not fit."""
+    m = 2**31 // 1024 + 64
+    if torch.cuda.get_device_properties(0).total_memory < 4 * m * 1024 * 2 + (8 << 30):
+        pytest.skip("needs more memory")
+    layout = on_gpu((64, 1024), (32, 32), 0.2)
+    values = layout.from_dense(draw(64, 1024, dtype=torch.bfloat16))
+    return layout, values, torch.empty(m, 1024, device="cuda", dtype=torch.bfloat16).normal_()

@@ -9,7 +9,17 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.backends import ConvGeometry
 
-from .gpu_support import BOUNDS, DTYPES, capture, draw, on_gpu, other_blocks, training_layer
+from .gpu_support import (
+    BOUNDS,
+    DTYPES,
+    capture,
+    draw,
+    long_layer,
+    memory_of_a_step,
+    on_gpu,
+    other_blocks,
+    training_layer,
+)
 from .support import assert_within, conv2d_reference
 
 pytest.importorskip("triton")
@@ -191,27 +201,12 @@ def test_compile_with_cuda_graphs():
 def test_nothing_dense_is_allocated(monkeypatch):
     """At 98 % a training step of a 4096 x 4096 layer stays under a quarter of the dense weight in extra memory."""
     monkeypatch.setenv("SPARSEKERN_BACKEND", "triton")
-    layout = on_gpu((4096, 4096), (64, 64), 0.02)
-    values = layout.from_dense(draw(4096, 4096, dtype=torch.bfloat16)).requires_grad_()
-    x = draw(16, 4096, dtype=torch.bfloat16).requires_grad_()
-    dy = draw(16, 4096, dtype=torch.bfloat16)
-    sk.sparse_linear(x, values, layout).backward(dy)
-    values.grad = x.grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    sk.sparse_linear(x, values, layout).backward(dy)
-    assert torch.cuda.max_memory_allocated() - before < 4096 * 4096 * 2 / 4
+    assert memory_of_a_step() < 4096 * 4096 * 2 / 4
 
 
 def test_large_offsets():
     """Activations beyond 2^31 elements: row offsets are 64 bits wide."""
-    m = 2**31 // 1024 + 64
-    if torch.cuda.get_device_properties(0).total_memory < 4 * m * 1024 * 2 + (8 << 30):
-        pytest.skip("needs more memory")
-    layout = on_gpu((64, 1024), (32, 32), 0.2)
-    values = layout.from_dense(draw(64, 1024, dtype=torch.bfloat16))
-    x = torch.empty(m, 1024, device="cuda", dtype=torch.bfloat16).normal_()
+    layout, values, x = long_layer()
     y = sk.sparse_linear(x, values, layout)
     w = layout.to_dense(values).double()
     tail = x[-64:].double()

@@ -11,6 +11,10 @@ namespace sktest {
 
 using sparsekern::cuda::Problem;
 
+inline bool is_linear(const Problem &a) {
+    return a.h * a.w * a.taps() == 1;
+}
+
 enum class Stored { some, none, one, all };
 
 // A block grid [G, Ob, T, Ib] and the packed int32 buffer of its stored blocks (format: sparsekern/layout.py,

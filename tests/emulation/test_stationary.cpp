@@ -18,10 +18,6 @@ using sparsekern::cuda::stationary;
 using sparsekern::cuda::stationary_shared_bytes;
 using sparsekern::cuda::Stream;
 
-bool is_linear(const Problem &a) {
-    return a.h * a.w * a.taps() == 1;
-}
-
 std::string text(const ProductPlan &plan) {
     char line[200];
     std::snprintf(line, sizeof line, "bm %d tile %dx%dx%d warps %d stages %d splits %d", plan.bm, plan.tile_images,

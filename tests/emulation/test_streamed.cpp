@@ -28,7 +28,7 @@ ProductPlan plan_of(const Problem &a, uint32_t number) {
     plan.stages = 2 + number / 6 % 3;
     plan.splits = 1;
     const int *shape = shapes[number / 18 % 6];
-    const bool linear = a.h * a.w * a.r * a.s == 1;
+    const bool linear = is_linear(a);
     plan.tile_h = linear ? 1 : shape[0], plan.tile_w = linear ? 1 : shape[1];
     plan.tile_images = plan.bm / (plan.tile_h * plan.tile_w);
     return plan;

@@ -19,10 +19,6 @@ using sparsekern::cuda::wgrad_shared_bytes;
 using sparsekern::cuda::wgrad_workspace_bytes;
 using sparsekern::cuda::WgradPlan;
 
-bool is_linear(const Problem &a) {
-    return a.h * a.w * a.taps() == 1;
-}
-
 std::string text(const WgradPlan &plan) {
     char line[200];
     std::snprintf(line, sizeof line, "window %dx%d tile %dx%dx%d warps %d stages %d splits %d", plan.rows, plan.cols,
