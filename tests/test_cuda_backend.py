@@ -54,9 +54,10 @@ def linear(step="forward", block=32, shape=(4096, 1024, 1024), dtype="bfloat16",
 
 def conv(step="forward", block=32, x=(32, 128, 28, 28), out=None, kernel=3, stride=1, groups=1, density=0.1, **more):
     block = (block, block) if isinstance(block, int) else block
+    r, s = (kernel, kernel) if isinstance(kernel, int) else kernel
     out, dtype = out or x[1], more.pop("dtype", "bfloat16")
-    grid = BlockGrid((out, x[1] // groups, kernel, kernel), block, groups)
-    padding, dilation = more.pop("padding", (kernel // 2,) * 4), more.pop("dilation", 1)
+    grid = BlockGrid((out, x[1] // groups, r, s), block, groups)
+    padding, dilation = more.pop("padding", (r // 2, r // 2, s // 2, s // 2)), more.pop("dilation", 1)
     geometry = ConvGeometry((stride, stride), padding, (dilation, dilation))
     return conv_problem(f"conv2d_{step}", dtype, grid, geometry, x, 1).at_density(density)
 
@@ -433,6 +434,7 @@ def test_no_plans_outside_the_kernels():
         (linear(shape=(4096, 1024, 4096)), {}, "tile"),
         (linear(), {"family": "streamed"}, "32 pixels each"),
         (linear(), {"family": "streamed", "tile": (256, 1, 1), "splits": 2}, "splits"),
+        (conv(kernel=(15, 16)), {"family": "streamed", "tile": (256, 1, 1)}, "30 rows and columns"),
         (linear("wgrad"), {"family": "wgrad"}, "window"),
         (linear("wgrad"), {"family": "wgrad", "rows": 1, "cols": 1, "tile": (8, 1, 1)}, "multiple of 16"),
         (linear("wgrad"), {"family": "wgrad", "rows": 64, "cols": 1}, "rows"),
@@ -441,6 +443,10 @@ def test_no_plans_outside_the_kernels():
 )
 def test_unfit_plans_say_why(problem, change, reason):
     assert reason in plans.why_not(problem, replace(PLAN, **change), H200)
+
+
+def test_the_largest_filter_streams():
+    assert plans.why_not(conv(kernel=(15, 15)), replace(PLAN, family="streamed", tile=(256, 1, 1)), H200) is None
 
 
 def test_small_images_share_a_tile():

@@ -21,6 +21,7 @@ DTYPES = ("bfloat16", "float16", "tf32")
 STEPS = ("forward", "dgrad", "wgrad")
 STEP_BYTES = 32  # of a row of either operand: what one multiply instruction takes, 16 channels of 16 bits or 8 of 32
 ROW_BYTES = 128  # streamed: of a pixel in one stage
+FILTER_SIDES = 30  # streamed: rows and columns of the filter together, which each pixel keeps as bits
 TILE_LIMIT = 256 * 1024  # stationary: of the tile
 MOST_SHARED = 227 * 1024  # wgrad
 WARP_ACCUMULATORS = 2048  # wgrad: of one warp
@@ -246,8 +247,8 @@ def _why_not_streamed(problem: Problem, plan: Plan) -> str | None:
         return f"splits: expected 1, got {plan.splits}"
     window = window_of(problem)
     assert window is not None
-    if sum(window.kernel) > 31:
-        return f"streamed: expected a filter of at most 31 rows and columns together, got {window.kernel}"
+    if sum(window.kernel) > FILTER_SIDES:
+        return f"streamed: expected a filter of at most {FILTER_SIDES} rows and columns together, got {window.kernel}"
     return None
 
 
